@@ -1,0 +1,179 @@
+"""What every primitive states: tensors, shapes, cost, algebra, and its torch forms.
+
+A primitive is the smallest building block of a function. It is made of its arguments (from
+YAML) and its ``Place`` (widths known after shape inference), and knows no technique. torch is
+imported only inside ``bind`` and ``bind_matrix``, so that checking needs no torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
+
+from peftref.spec.base import Frozen
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Algebra", "Arguments", "Operation", "Place", "Primitive", "Runtime", "TensorSpec"]
+
+Operation = Callable[..., "Tensor"]
+
+
+class Arguments(Frozen):
+    """Arguments common to all primitives; ``name`` names its tensors."""
+
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of an adapter, known from shapes alone.
+
+    Attributes:
+        name: path inside the module, such as ``down.weight``.
+        shape: its shape.
+        init: initialiser text, such as ``zeros`` or ``normal(0.02)``.
+        trainable: whether an optimiser may change it.
+        seed: own seed of a frozen random tensor; None: the adapter's seed.
+        share: name of the tensor that all sites of the module use together; None: one a site.
+        sliced: a shared tensor may be larger than a site needs; the leading corner is used.
+        buffer: state that is saved but is no parameter (a mask).
+        stacked: leading copies made by a coupling; initialised apart.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    init: str
+    trainable: bool = True
+    seed: int | None = None
+    share: str | None = None
+    sliced: bool = False
+    buffer: bool = False
+    stacked: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        total = 1
+        for extent in self.shape:
+            total *= extent
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a primitive knows of where it stands.
+
+    Attributes:
+        d_in: width of the tensor that reaches it (0: none).
+        d_out: width of the port that the whole function writes.
+        hidden_size: width of the backbone's residual stream.
+        port_shape: shape of the port's own tensor, for ports ``weight`` and ``bias``.
+    """
+
+    d_in: int
+    d_out: int
+    hidden_size: int
+    port_shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Algebra:
+    """What holds for a map ``f``; properties of expressions are derived from these.
+
+    Attributes:
+        linear: f(a x + b y) = a f(x) + b f(y).
+        diagonal: f(x) = v * x elementwise.
+        orthogonal: f keeps norms and has determinant one.
+        source: f has no input (learned rows, a trained difference).
+        zero_at_init: f(x) = 0 before the first step.
+        identity_at_init: f(x) = x before the first step.
+        keeps_zero: f(0) = 0 before the first step.
+        matrix: f has a matrix form.
+        stream: f has an activation form.
+        random: f draws random numbers while training.
+        mixes_tokens: a row of the output depends on other rows of the input.
+        per_sample: f depends on the sample beyond its own row (gates).
+    """
+
+    linear: bool = False
+    diagonal: bool = False
+    orthogonal: bool = False
+    source: bool = False
+    zero_at_init: bool = False
+    identity_at_init: bool = False
+    keeps_zero: bool = False
+    matrix: bool = False
+    stream: bool = True
+    random: bool = False
+    mixes_tokens: bool = False
+    per_sample: bool = False
+
+
+class Runtime(Protocol):
+    """What a torch form may ask of the forward call that runs it."""
+
+    @property
+    def training(self) -> bool:
+        """Whether the module is in training mode."""
+        ...
+
+    def token_mask(self, stack: str) -> Tensor | None:
+        """The (batch, tokens) padding mask of the running call, where it has one."""
+        ...
+
+
+A = TypeVar("A", bound=Arguments)
+
+
+class Primitive(ABC, Generic[A]):
+    """Base of all primitives: registered class, frozen arguments, torch-free statements.
+
+    ``bind`` returns the activation form ``(stream, *tensors) -> stream`` (a source takes only its
+    tensors); ``bind_matrix`` the matrix form ``(matrix or None, *tensors) -> matrix``, where None
+    stands for the identity and matrices are (rows out, columns in).
+    """
+
+    name: ClassVar[str]
+    Arguments: ClassVar[type[Arguments]] = Arguments
+
+    def __init__(self, arguments: A, place: Place) -> None:
+        self.arguments = arguments
+        self.place = place
+
+    @property
+    def label(self) -> str:
+        """The name that its tensors carry."""
+        return self.arguments.name or self.name
+
+    @property
+    def width(self) -> int:
+        """Width of the output; the same as the input's unless overridden."""
+        return self.place.d_in
+
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """The tensors it needs, in the order that the torch forms take them."""
+        return ()
+
+    @abstractmethod
+    def algebra(self) -> Algebra:
+        """What holds for it."""
+
+    def flops(self) -> int:
+        """Multiply-adds times two of the activation form, per token, forward."""
+        return 0
+
+    def matrix_flops(self) -> int:
+        """Multiply-adds times two of the matrix form, once per step."""
+        return 0
+
+    @abstractmethod
+    def bind(self, runtime: Runtime) -> Operation:
+        """Return the activation form."""
+
+    def bind_matrix(self, runtime: Runtime) -> Operation:
+        """Return the matrix form; only called where ``algebra().matrix`` holds."""
+        raise NotImplementedError(f"{self.name} has no matrix form")

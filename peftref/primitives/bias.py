@@ -1,0 +1,37 @@
+"""Added vector."""
+
+from __future__ import annotations
+
+from peftref.primitives.base import Algebra, Arguments, Operation, Primitive, Runtime, TensorSpec
+from peftref.registry import primitives
+
+__all__ = ["Bias", "BiasArguments"]
+
+
+class BiasArguments(Arguments):
+    """``init``: initialiser of the vector."""
+
+    init: str = "zeros"
+
+
+@primitives.register("bias")
+class Bias(Primitive[BiasArguments]):
+    """``f(x) = x + b`` with trained ``b`` (d)."""
+
+    name = "bias"
+    Arguments = BiasArguments
+
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec(self.label, (self.place.d_in,), self.arguments.init),)
+
+    def algebra(self) -> Algebra:
+        zero = self.arguments.init == "zeros"
+        return Algebra(identity_at_init=zero, keeps_zero=zero)
+
+    def flops(self) -> int:
+        return self.place.d_in
+
+    def bind(self, runtime: Runtime) -> Operation:
+        import torch
+
+        return torch.add

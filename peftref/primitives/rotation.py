@@ -1,0 +1,118 @@
+"""Block-diagonal rotation through the Cayley transform."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from peftref.errors import CompositionError
+from peftref.primitives.base import (
+    Algebra,
+    Arguments,
+    Operation,
+    Place,
+    Primitive,
+    Runtime,
+    TensorSpec,
+)
+from peftref.registry import primitives
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Rotation", "RotationArguments"]
+
+
+class RotationArguments(Arguments):
+    """``block``: width of a block; it must divide the width that is rotated."""
+
+    kind: Literal["block"] = "block"
+    block: int = Field(default=32, gt=1)
+    share: str | None = None
+
+
+@primitives.register("rotation")
+class Rotation(Primitive[RotationArguments]):
+    """``f(x) = x R``, ``R = blockdiag(R_1, ...)``, ``R_i = (I - Q_i)(I + Q_i)^-1``, ``Q_i`` skew.
+
+    The free entries are the upper triangles of ``Q_i``, zero at first: identity. The exact
+    inverse is used, in float32, and not the truncated Neumann series, which is only
+    approximately orthogonal. OFT, Qiu et al. 2023, https://arxiv.org/abs/2306.07280
+    """
+
+    name = "rotation"
+    Arguments = RotationArguments
+
+    def __init__(self, arguments: RotationArguments, place: Place) -> None:
+        super().__init__(arguments, place)
+        if place.d_in % arguments.block:
+            raise CompositionError(
+                f"rotation: block {arguments.block} does not divide width {place.d_in}; "
+                f"valid blocks: {', '.join(map(str, _divisors(place.d_in)))}"
+            )
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self.place.d_in // self.arguments.block
+
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        b = self.arguments.block
+        shape = (self.blocks, b * (b - 1) // 2)
+        return (TensorSpec(self.label, shape, "zeros", share=self.arguments.share),)
+
+    def algebra(self) -> Algebra:
+        return Algebra(
+            linear=True, matrix=True, orthogonal=True, identity_at_init=True, keeps_zero=True
+        )
+
+    def flops(self) -> int:
+        return 2 * self.place.d_in * self.arguments.block
+
+    def matrix_flops(self) -> int:
+        return self.blocks * 2 * self.arguments.block**3
+
+    def _blocks(self, entries: Tensor) -> Tensor:
+        import torch
+
+        b = self.arguments.block
+        rows, columns = torch.triu_indices(b, b, 1, device=entries.device)
+        skew = entries.new_zeros(self.blocks, b, b, dtype=torch.promote_types(
+            entries.dtype, torch.float32))
+        skew = skew.index_put(
+            (torch.arange(self.blocks, device=entries.device)[:, None], rows, columns),
+            entries.to(skew.dtype),
+        )
+        skew = skew - skew.mT
+        eye = torch.eye(b, dtype=skew.dtype, device=skew.device)
+        # (I - Q)(I + Q)^-1 as a solve from the right; both factors commute.
+        return torch.linalg.solve(eye + skew, eye - skew).to(entries.dtype)
+
+    def bind(self, runtime: Runtime) -> Operation:
+        import torch
+
+        b, blocks = self.arguments.block, self.blocks
+
+        def rotate(x: Tensor, entries: Tensor) -> Tensor:
+            parts = x.unflatten(-1, (blocks, b))
+            return torch.einsum("...nb,nbc->...nc", parts, self._blocks(entries)).flatten(-2)
+
+        return rotate
+
+    def bind_matrix(self, runtime: Runtime) -> Operation:
+        import torch
+
+        def matrix(before: Tensor | None, entries: Tensor) -> Tensor:
+            # x R has the matrix R^T.
+            transposed = self._blocks(entries).mT
+            if before is None:
+                return torch.block_diag(*transposed)
+            parts = before.unflatten(0, (self.blocks, self.arguments.block))
+            return (transposed @ parts).flatten(0, 1)
+
+        return matrix
+
+
+def _divisors(width: int) -> list[int]:
+    return [b for b in range(2, width + 1) if width % b == 0]
