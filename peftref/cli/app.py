@@ -1,0 +1,128 @@
+"""The ``peftref`` command: finds the verb, runs it, and turns errors into one line.
+
+A verb is a file of this folder that exports ``command``. It is imported only when its name is
+among the words given, so that help, ``list`` and ``check`` start without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from peftref.errors import PeftRefError, SpecError
+from peftref.registry import load_plugin
+
+__all__ = ["VERBS", "main"]
+
+VERBS = {
+    "init": "Write a commented run file or technique to start from.",
+    "list": "List techniques, compositions and what they are made of.",
+    "show": "Show what a technique is and what it does to a backbone.",
+    "check": "Check specifications; with a backbone, compile them.",
+    "schema": "Print the JSON schema of a kind of file.",
+    "train": "Train the composition of a run file.",
+    "search": "Search for compositions of high score and low cost.",
+    "status": "Show how far a search is.",
+    "report": "Write the report of a search.",
+    "evaluate": "Evaluate a saved adapter on labelled data.",
+    "predict": "Predict with a saved adapter.",
+    "merge": "Fold a saved adapter into its backbone.",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 the input was wrong, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        words = _load_plugins(given)
+        _application(words)(args=words, prog_name="peftref")
+    except PeftRefError as error:
+        if os.environ.get("PEFTREF_DEBUG"):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _load_plugins(words: Sequence[str]) -> list[str]:
+    """Load each ``--plugin FILE``, which may stand before or after the verb; return the rest."""
+    rest: list[str] = []
+    queue = iter(words)
+    for word in queue:
+        if word == "--":
+            return [*rest, word, *queue]
+        if word == "--plugin":
+            path = next(queue, None)
+            if path is None:
+                raise SpecError("--plugin needs the path of a Python file.")
+            load_plugin(path)
+        elif word.startswith("--plugin="):
+            load_plugin(word.removeprefix("--plugin="))
+        else:
+            rest.append(word)
+    return rest
+
+
+def _application(words: Sequence[str]) -> typer.Typer:
+    """Return the application with the verbs among the words loaded, and the others named."""
+    app = typer.Typer(
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    app.callback()(_describe)
+    for name, summary in VERBS.items():
+        if name in words:
+            function = importlib.import_module(f"peftref.cli.{name}").command
+            app.command(name, help=_help(function) or summary, short_help=summary)(function)
+        else:
+            app.command(name, help=summary)(_not_loaded)
+    return app
+
+
+def _help(function: Callable[..., None]) -> str:
+    """Return the docstring without the sections that describe arguments to programmers."""
+    text = inspect.getdoc(function) or ""
+    return re.split(r"\n(?:Args|Raises|Returns):\n", text)[0].strip()
+
+
+def _not_loaded() -> None:
+    """Stand for a verb that is not among the words: help needs its name only."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"peftref {version('peftref')}\n")
+        raise typer.Exit
+
+
+def _describe(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+    ] = False,
+    _plugin: Annotated[
+        str | None,
+        typer.Option(
+            "--plugin",
+            metavar="FILE",
+            help="Load primitives, couplings or procedures from a Python file; may be repeated, "
+            "before or after the command.",
+        ),
+    ] = None,
+) -> None:
+    """Compile, train and search parameter-efficient fine-tuning techniques.
+
+    Bad input ends with exit code 2 and one message; PEFTREF_DEBUG=1 adds the traceback.
+    """
