@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-__all__ = ["Argument", "AttentionShape", "RowSlice", "Site", "SiteKind", "SiteTable"]
+from peftref.spec.typology import Port
+
+__all__ = ["ADDED", "Argument", "AttentionShape", "RowSlice", "Site", "SiteKind", "SiteTable"]
+
+ADDED = "peftref_"
+"""Start of the name of every module and tensor that peftref registers on a model.
+
+The site table, the parameter count and the weight hash of a backbone leave such names out, so
+they are the same before and after an adapter is attached.
+"""
 
 
 class SiteKind(StrEnum):
@@ -40,7 +49,7 @@ class RowSlice:
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """A tensor that reaches ``module.forward`` as the named argument."""
+    """A tensor that reaches ``module.forward`` as the named argument, by position or keyword."""
 
     module: str
     name: str
@@ -48,12 +57,16 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """Head counts and width; ``interface`` is the path of the module that attends."""
+    """Head counts and width of one attention sub-layer.
+
+    ``interface`` is the path of the module whose forward calls transformers' attention
+    interface; None where the family calls none, so that no prefix can be inserted.
+    """
 
     heads: int
     key_value_heads: int
     head_width: int
-    interface: str
+    interface: str | None
     causal: bool
 
 
@@ -65,7 +78,8 @@ class Site:
         role: ``attention.query``, ``ffn``, ``norm.final``, ...
         stack: ``encoder`` or ``decoder``.
         layer: index in the stack; None outside the layers.
-        module: dotted path of the module whose result is the ``output`` port.
+        module: dotted path of the module whose result is the ``output`` port; where it returns
+            a tuple, the port is the first element.
         kind: what that module is.
         d_in: width of the ``input`` port (0: none).
         d_out: width of the ``output`` port.
@@ -100,6 +114,19 @@ class Site:
         parts = [self.stack, "" if self.layer is None else str(self.layer), self.role]
         return ".".join(part for part in parts if part)
 
+    @property
+    def ports(self) -> frozenset[Port]:
+        """The ports that this site has."""
+        both = {Port.INPUT, Port.OUTPUT}
+        if self.role.startswith("residual.") or self.kind is SiteKind.SPAN:
+            return frozenset(both)
+        if self.kind is SiteKind.ATTENTION:
+            return frozenset(both | {Port.KEYS_VALUES})
+        own = {Port.WEIGHT, Port.BIAS} if self.bias else {Port.WEIGHT}
+        if self.kind is SiteKind.EMBEDDING:
+            return frozenset({Port.OUTPUT, Port.WEIGHT})
+        return frozenset(both | own)
+
 
 @dataclass(frozen=True, slots=True)
 class SiteTable:
@@ -111,10 +138,11 @@ class SiteTable:
         vocabulary: rows of the token embedding.
         layers: number of layers per stack.
         sites: in execution order.
-        modules: path -> (class name, d_in, d_out, has bias, transposed) of every module that a
-            raw ``module:`` selector may name.
+        modules: path -> site (role ``module:<path>``) of every module that a raw ``module:``
+            selector may name; kind ``SPAN`` and widths 0 where the module says nothing.
         head_modules: paths of task-head modules (not part of the backbone's own sites).
-        frozen_parameters: number of parameters of the backbone.
+        frozen_parameters: number of parameters of the backbone, task heads left out and a tied
+            tensor counted once.
         pre_norm: whether norms come before the sub-layers.
     """
 

@@ -1,0 +1,199 @@
+"""A backbone family as data: where each role is below the base model.
+
+A row names, for every stack, the list of its layers and the module of each role; paths are
+relative to the base model, and below ``layer`` relative to one layer::
+
+    families: [llama]
+    norms: pre
+    stacks:
+      decoder:
+        layers: layers
+        before: {embedding.tokens: embed_tokens}
+        layer:
+          norm.attention: input_layernorm
+          "attention.{query,key,value,output}": "self_attn.{q_proj,k_proj,v_proj,o_proj}"
+          attention: {module: self_attn, input: {argument: hidden_states}}
+          ...
+        after: {norm.final: norm}
+
+Alternatives in braces pair up with those of the path. A role that ends in ``?`` may be absent;
+a list of paths means the first that exists. ``block`` and ``residual.ffn`` follow from the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from peftref.backbone.pattern import expand_braces
+from peftref.errors import SpecError
+from peftref.spec.base import Frozen
+
+__all__ = ["Family", "Place", "Role", "RowRule", "SpanInput", "Stack", "choose", "expand",
+           "families", "read_family"]
+
+T = TypeVar("T")
+RowRule = Literal["halves", "thirds", "gqa", "head_interleaved", "grouped", "multi_query"]
+OTHERWISE = "otherwise"
+WORKSPACES = ("attention", "cross_attention", "embedding", "experts", "ffn", "norm", "pooler",
+              "router")
+
+
+class SpanInput(Frozen):
+    """Where the input of a sub-layer is read: an argument of ``module`` (None: its own)."""
+
+    argument: str
+    module: str | None = None
+
+
+class Place(Frozen):
+    """The module of a role.
+
+    Attributes:
+        module: path, alternatives in braces pairing with those of the role; or several paths of
+            which the first that exists is taken.
+        rows: how the rows of a fused projection are shared out, in the order of the role's
+            alternatives; or a mapping from configuration attributes to such rules, of which the
+            first with a true attribute holds, else ``otherwise``.
+        input: where a span reads; None: first argument of ``module``.
+        interface: for attention spans, the module that calls the attention interface; None:
+            ``module``; ``""``: none does.
+    """
+
+    module: tuple[str, ...] = Field(min_length=1)
+    rows: RowRule | Mapping[str, RowRule] | None = None
+    input: SpanInput | None = None
+    interface: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: object) -> object:
+        return {"module": value} if isinstance(value, str | list) else value
+
+    @field_validator("module", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+
+class Role(Frozen):
+    """One role of a row after its braces are expanded; ``part`` counts within them."""
+
+    name: str
+    optional: bool
+    place: Place
+    part: int
+
+
+def expand(places: Mapping[str, Place]) -> tuple[Role, ...]:
+    """Return one role for every alternative of the keys, paired with those of the paths.
+
+    Raises:
+        ValueError: role and path have different numbers of alternatives.
+    """
+    roles: list[Role] = []
+    for key, place in places.items():
+        names = expand_braces(key.removesuffix("?"))
+        paths = [expand_braces(path) for path in place.module]
+        for path in paths:
+            if len(path) not in (1, len(names)):
+                raise ValueError(f"{key!r} has {len(names)} alternatives, its path {len(path)}")
+        for part, name in enumerate(names):
+            own = tuple(path[part if len(path) > 1 else 0] for path in paths)
+            own_place = place.model_copy(update={"module": own})
+            roles.append(Role(name=name, optional=key.endswith("?"), place=own_place, part=part))
+    return tuple(roles)
+
+
+def choose(value: T | Mapping[str, T], config: object) -> T | None:
+    """Return ``value``, or of a mapping the entry of the first true attribute of ``config``."""
+    if not isinstance(value, Mapping):
+        return value
+    for name, entry in value.items():
+        if name != OTHERWISE and getattr(config, name, False):
+            return entry
+    return value.get(OTHERWISE)
+
+
+class Stack(Frozen):
+    """One stack of layers: before them, in each of them, after them.
+
+    ``heads``, ``key_value_heads`` and ``head_width`` name attributes of the configuration (or,
+    as ``rows``, choose one by a true attribute); unset, ``num_key_value_heads`` and ``head_dim``
+    are used where they exist, else as many as heads, and the hidden size over the heads.
+    """
+
+    layers: str
+    before: Mapping[str, Place] = Field(default_factory=dict)
+    layer: Mapping[str, Place]
+    after: Mapping[str, Place] = Field(default_factory=dict)
+    heads: str = "num_attention_heads"
+    key_value_heads: str | int | Mapping[str, str | int] | None = None
+    head_width: str | None = None
+
+    @model_validator(mode="after")
+    def _roles_are_known_and_once(self) -> Self:
+        names = [role.name for part in (self.before, self.layer, self.after)
+                 for role in expand(part)]
+        for name in names:
+            if name.split(".")[0] not in WORKSPACES or not all(name.split(".")):
+                raise ValueError(f"role {name!r} must begin with one of {', '.join(WORKSPACES)}")
+            if names.count(name) > 1:
+                raise ValueError(f"role {name!r} is given twice")
+        return self
+
+
+class Family(Frozen):
+    """One row: the model types it serves, where its norms are, and its stacks.
+
+    ``norms`` is ``post`` where a norm takes the sum of a sub-layer and the residual stream
+    (BERT), ``pre`` where a sub-layer starts with its norm (Llama).
+    """
+
+    families: tuple[str, ...] = Field(min_length=1)
+    norms: Literal["pre", "post"] | Mapping[str, Literal["pre", "post"]]
+    stacks: Mapping[Literal["encoder", "decoder"], Stack] = Field(min_length=1)
+
+
+def read_family(path: str | Path) -> Family:
+    """Return the row in the YAML file at ``path``.
+
+    Raises:
+        SpecError: the file cannot be read or is no valid row.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"Cannot read the site file {str(path)!r}: {error.strerror}") from error
+    return _parse(text, str(path))
+
+
+@cache
+def families() -> Mapping[str, Family]:
+    """Return the built-in rows by model type."""
+    rows: dict[str, Family] = {}
+    for file in sorted(files("peftref.backbone").joinpath("families").iterdir(), key=str):
+        if file.name.endswith(".yaml"):
+            row = _parse(file.read_text(encoding="utf-8"), file.name)
+            rows.update(dict.fromkeys(row.families, row))
+    return rows
+
+
+def _parse(text: str, source: str) -> Family:
+    try:
+        data = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise SpecError(f"{source}: not valid YAML: {error}") from error
+    try:
+        return Family.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = " / ".join(str(part) for part in first["loc"]) or "top level"
+        raise SpecError(f"{source}: {where}: {first['msg']}") from error

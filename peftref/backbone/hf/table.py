@@ -1,0 +1,267 @@
+"""The site table of a Hugging Face model, read from its real modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from peftref.backbone.family import Family, Place, Role, Stack, choose, expand, families
+from peftref.backbone.hf.modules import (
+    base_prefix,
+    count_parameters,
+    head_modules,
+    measure,
+    named_modules,
+    owners,
+)
+from peftref.backbone.hf.refusal import refusal
+from peftref.backbone.rows import row_slice
+from peftref.backbone.site_table import Argument, AttentionShape, Site, SiteKind, SiteTable
+from peftref.errors import BackboneError
+
+__all__ = ["module_table", "site_table"]
+
+SPANS = {"attention": SiteKind.ATTENTION, "cross_attention": SiteKind.ATTENTION,
+         "ffn": SiteKind.SPAN}
+
+
+def site_table(
+    model: PreTrainedModel, family: Family | None = None, *, strict: bool = True
+) -> SiteTable:
+    """Return every site of ``model``, whatever its task head.
+
+    Works on the meta device and on quantised models; what peftref attached is left out.
+
+    Args:
+        model: a model of the ``transformers`` library.
+        family: the row to read it by; None: the built-in row of its model type.
+        strict: refuse a model type without a row; else return :func:`module_table`.
+
+    Raises:
+        BackboneError: no row for the model type, or the row does not fit the model.
+    """
+    row = family or families().get(model.config.model_type)
+    if row is not None:
+        return _Reader(model, row).table()
+    if strict:
+        raise refusal(model)
+    return module_table(model)
+
+
+def module_table(model: PreTrainedModel) -> SiteTable:
+    """Return a table without roles: only ``modules``, for raw ``module:`` selectors."""
+    modules = named_modules(model)
+    heads = head_modules(model, ())
+    embedding = model.get_input_embeddings()
+    return SiteTable(
+        family="modules",
+        hidden_size=getattr(model.config, "hidden_size", 0),
+        vocabulary=embedding.num_embeddings if isinstance(embedding, nn.Embedding) else 0,
+        layers={},
+        sites=(),
+        modules=_module_sites(modules, {}),
+        head_modules=heads,
+        frozen_parameters=count_parameters(model, heads),
+    )
+
+
+def _module_sites(
+    modules: Mapping[str, nn.Module], layers: Mapping[str, tuple[str, int]]
+) -> dict[str, Site]:
+    tied = owners(modules)
+    sites: dict[str, Site] = {}
+    for path, module in modules.items():
+        parts = path.split(".")
+        inside = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        stack, layer = next((layers[start] for start in inside if start in layers), ("", None))
+        site = _site(f"module:{path}", stack, layer, path, module)
+        sites[path] = replace(site, tied=_tied(path, module, tied))
+    return sites
+
+
+def _site(role: str, stack: str, layer: int | None, path: str, module: nn.Module) -> Site:
+    size = measure(module)
+    return Site(role, stack, layer, path, size.kind, size.d_in, size.d_out, size.bias,
+                size.transposed)
+
+
+def _tied(path: str, module: nn.Module, tied: Mapping[int, list[str]]) -> str | None:
+    others = tied.get(id(getattr(module, "weight", None)), ())
+    return next((other for other in others if other != path), None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Heads:
+    """Head counts of a stack, from the configuration."""
+
+    heads: int
+    key_value_heads: int
+    width: int
+
+
+class _Reader:
+    """Reads one model by one row."""
+
+    def __init__(self, model: PreTrainedModel, row: Family) -> None:
+        self.model, self.row = model, row
+        self.modules = named_modules(model)
+        self.prefix = base_prefix(model)
+        self.tied = owners(self.modules)
+        self.hidden: int = model.config.hidden_size
+        self.pre_norm = choose(row.norms, model.config) == "pre"
+        self.name = model.config.model_type
+
+    def table(self) -> SiteTable:
+        """Return the table; a stack that the model lacks altogether is left out."""
+        stacks = {name: stack for name, stack in self.row.stacks.items()
+                  if isinstance(self.modules.get(self.prefix + stack.layers), nn.ModuleList)}
+        if not stacks:
+            tried = ", ".join(repr(self.prefix + s.layers) for s in self.row.stacks.values())
+            raise self._misfit(f"it has no list of layers at {tried}")
+        sites = [site for name, stack in stacks.items() for site in self._stack(name, stack)]
+        paths = {name: self._layers(stack) for name, stack in stacks.items()}
+        heads = head_modules(self.model, [site.module for site in sites])
+        sites += self._language_head(list(stacks)[-1])
+        where = {path: (name, i) for name, own in paths.items() for i, path in enumerate(own)}
+        return SiteTable(
+            family=self.name,
+            hidden_size=self.hidden,
+            vocabulary=self._vocabulary(sites),
+            layers={name: len(own) for name, own in paths.items()},
+            sites=tuple(sites),
+            modules=_module_sites(self.modules, where),
+            head_modules=heads,
+            frozen_parameters=count_parameters(self.model, heads),
+            pre_norm=self.pre_norm,
+        )
+
+    def _layers(self, stack: Stack) -> list[str]:
+        path = self.prefix + stack.layers
+        return [f"{path}.{name}" for name, _ in self.modules[path].named_children()]
+
+    def _stack(self, name: str, stack: Stack) -> Iterator[Site]:
+        heads = self._heads(stack)
+        yield from self._sites(expand(stack.before), name, None, self.prefix, heads)
+        for i, path in enumerate(self._layers(stack)):
+            sites = list(self._sites(expand(stack.layer), name, i, f"{path}.", heads))
+            yield from sites
+            block = Site("block", name, i, path, SiteKind.SPAN, self.hidden, self.hidden)
+            yield block
+            norm = next((site for site in sites if site.role == "norm.ffn"), None)
+            if self.pre_norm or norm is None:
+                yield replace(block, role="residual.ffn")
+            else:
+                yield replace(norm, role="residual.ffn")
+        yield from self._sites(expand(stack.after), name, None, self.prefix, heads)
+
+    def _sites(
+        self, roles: tuple[Role, ...], stack: str, layer: int | None, prefix: str, heads: _Heads
+    ) -> Iterator[Site]:
+        for role in roles:
+            path = self._find(role, prefix)
+            if path is None:
+                continue
+            site = _site(role.name, stack, layer, path, self.modules[path])
+            site = replace(site, tied=_tied(path, self.modules[path], self.tied))
+            if role.name in SPANS:
+                yield self._span(site, role.place, prefix, heads)
+            elif role.place.rows is not None:
+                yield self._slice(site, role, heads)
+            else:
+                yield self._checked(site, heads)
+
+    def _find(self, role: Role, prefix: str) -> str | None:
+        for path in role.place.module:
+            if prefix + path in self.modules:
+                return prefix + path
+        if role.optional:
+            return None
+        wanted = " or ".join(repr(prefix + path) for path in role.place.module)
+        inside = [path.removeprefix(prefix) for path in self.modules if path.startswith(prefix)]
+        raise self._misfit(f"role {role.name!r} should be at {wanted}; there are only "
+                           f"{', '.join(inside[:40]) or 'no modules'}")
+
+    def _span(self, site: Site, place: Place, prefix: str, heads: _Heads) -> Site:
+        reads = None
+        if place.input is not None:
+            enclosing = place.input.module
+            reads = Argument(prefix + enclosing if enclosing else site.module,
+                             place.input.argument)
+            if reads.module not in self.modules:
+                raise self._misfit(f"role {site.role!r} reads at {reads.module!r}: no such module")
+        shape = None
+        if SPANS[site.role] is SiteKind.ATTENTION:
+            shape = self._attention(site, place, prefix, heads)
+        return Site(site.role, site.stack, site.layer, site.module, SPANS[site.role], self.hidden,
+                    self.hidden, input=reads, attention=shape)
+
+    def _attention(self, site: Site, place: Place, prefix: str, heads: _Heads) -> AttentionShape:
+        interface = site.module
+        if place.interface is not None:
+            interface = prefix + place.interface if place.interface else None
+        if interface is not None and interface not in self.modules:
+            raise self._misfit(f"role {site.role!r} attends at {interface!r}: no such module")
+        fallback = site.role == "attention" and site.stack == "decoder"
+        module = self.modules[interface or site.module]
+        causal = getattr(module, "is_causal", fallback)
+        return AttentionShape(heads.heads, heads.key_value_heads, heads.width, interface,
+                              bool(causal))
+
+    def _slice(self, site: Site, role: Role, heads: _Heads) -> Site:
+        rule = choose(role.place.rows, self.model.config)
+        rows = row_slice(str(rule), role.part, site.d_out, heads.heads, heads.key_value_heads,
+                         heads.width)
+        if rows is None:
+            raise self._misfit(
+                f"{site.module!r} has {site.d_out} rows, which is not what rule {rule!r} makes of "
+                f"{heads.heads} heads, {heads.key_value_heads} key-value heads of {heads.width}")
+        return replace(site, d_out=rows.rows, rows=rows)
+
+    def _checked(self, site: Site, heads: _Heads) -> Site:
+        """Return ``site`` if a projection has the width that the head counts promise."""
+        count = {"query": heads.heads, "key": heads.key_value_heads,
+                 "value": heads.key_value_heads}.get(site.role.split(".")[-1])
+        if "attention" in site.role.split(".")[0] and count is not None:
+            if site.d_out != count * heads.width:
+                raise self._misfit(f"{site.module!r} has {site.d_out} rows, not {count} heads of "
+                                   f"{heads.width}")
+        return site
+
+    def _language_head(self, stack: str) -> Iterator[Site]:
+        output = self.model.get_output_embeddings()
+        for path, module in self.modules.items():
+            if module is output:
+                site = _site("head", stack, None, path, module)
+                yield replace(site, tied=_tied(path, module, self.tied))
+
+    def _vocabulary(self, sites: list[Site]) -> int:
+        for site in sites:
+            module = self.modules[site.module]
+            if site.role == "embedding.tokens" and isinstance(module, nn.Embedding):
+                return module.num_embeddings
+        return 0
+
+    def _heads(self, stack: Stack) -> _Heads:
+        heads = int(self._attribute(stack.heads))
+        config = self.model.config
+        width = self._attribute(stack.head_width) if stack.head_width else None
+        width = width or getattr(config, "head_dim", None) or self.hidden // heads
+        groups = choose(stack.key_value_heads, config)
+        if groups is None:
+            groups = getattr(config, "num_key_value_heads", None) or heads
+        elif isinstance(groups, str):
+            groups = self._attribute(groups)
+        return _Heads(heads, int(groups), int(width))
+
+    def _attribute(self, name: str) -> int:
+        value = getattr(self.model.config, name, None)
+        if not isinstance(value, int):
+            raise self._misfit(f"its configuration has no number {name!r}")
+        return value
+
+    def _misfit(self, what: str) -> BackboneError:
+        return BackboneError(f"The site row {self.name!r} does not fit "
+                             f"{type(self.model).__name__}: {what}")
