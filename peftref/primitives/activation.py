@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from peftref.primitives.base import Algebra, Arguments, Operation, Primitive, Runtime
+from peftref.ir.primitive import Algebra, Arguments, Operation, Primitive, Runtime
 from peftref.registry import primitives
 
 __all__ = ["Activation", "ActivationArguments"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftref.primitives.base import Algebra, Arguments, Operation, Primitive, Runtime, TensorSpec
+from peftref.ir.primitive import Algebra, Arguments, Operation, Primitive, Runtime, TensorSpec
 from peftref.registry import primitives
 
 __all__ = ["Bias", "BiasArguments"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from peftref.primitives.base import Algebra, Arguments, Operation, Primitive, Runtime
+from peftref.ir.primitive import Algebra, Arguments, Operation, Primitive, Runtime
 from peftref.registry import primitives
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ class Sum(Primitive[Arguments]):
     def algebra(self) -> Algebra:
         return Algebra(linear=True, matrix=True, keeps_zero=True)
 
+    def combine(self, inputs: tuple[Algebra, ...]) -> Algebra:
+        return _combine(inputs, zero=all(f.zero_at_init for f in inputs))
+
     def flops(self) -> int:
         return self.place.d_out
 
@@ -62,6 +66,10 @@ class Product(Primitive[Arguments]):
     def algebra(self) -> Algebra:
         return Algebra(linear=True, matrix=True, keeps_zero=True, stream=False)
 
+    def combine(self, inputs: tuple[Algebra, ...]) -> Algebra:
+        both = _combine(inputs, zero=any(f.zero_at_init for f in inputs))
+        return replace(both, stream=False)
+
     def matrix_flops(self) -> int:
         return self.place.d_in * self.place.d_out
 
@@ -75,3 +83,18 @@ class Product(Primitive[Arguments]):
             return first
 
         return product
+
+
+def _combine(inputs: tuple[Algebra, ...], *, zero: bool) -> Algebra:
+    return Algebra(
+        linear=all(f.linear for f in inputs),
+        diagonal=all(f.diagonal for f in inputs),
+        source=all(f.source for f in inputs),
+        zero_at_init=zero,
+        keeps_zero=all(f.keeps_zero for f in inputs),
+        matrix=all(f.matrix for f in inputs),
+        stream=all(f.stream for f in inputs),
+        random=any(f.random for f in inputs),
+        mixes_tokens=any(f.mixes_tokens for f in inputs),
+        per_sample=any(f.per_sample for f in inputs),
+    )

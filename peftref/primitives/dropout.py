@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from peftref.primitives.base import Algebra, Arguments, Operation, Primitive, Runtime
+from peftref.ir.primitive import Algebra, Arguments, Operation, Primitive, Runtime
 from peftref.registry import primitives
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from peftref.errors import CompositionError
-from peftref.primitives.base import (
+from peftref.ir.primitive import (
     Algebra,
     Arguments,
     Operation,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from peftref.primitives.base import Algebra, Arguments, Operation, Primitive, Runtime, TensorSpec
+from peftref.ir.primitive import Algebra, Arguments, Operation, Primitive, Runtime, TensorSpec
 from peftref.registry import primitives
 
 __all__ = ["Tokens", "TokensArguments"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftref.primitives.base import Algebra, Arguments, Operation, Primitive, Runtime, TensorSpec
+from peftref.ir.primitive import Algebra, Arguments, Operation, Primitive, Runtime, TensorSpec
 from peftref.registry import primitives
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from peftref.spec.base import Frozen
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Algebra", "Arguments", "Operation", "Place", "Primitive", "Runtime", "TensorSpec"]
+__all__ = ["IDENTITY", "Algebra", "Arguments", "Operation", "Place", "Primitive", "Runtime", "TensorSpec"]
 
 Operation = Callable[..., "Tensor"]
 
@@ -72,12 +72,14 @@ class Place:
         d_out: width of the port that the whole function writes.
         hidden_size: width of the backbone's residual stream.
         port_shape: shape of the port's own tensor, for ports ``weight`` and ``bias``.
+        stack: ``encoder`` or ``decoder``: whose padding mask applies.
     """
 
     d_in: int
     d_out: int
     hidden_size: int
     port_shape: tuple[int, ...] = ()
+    stack: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,33 @@ class Algebra:
     mixes_tokens: bool = False
     per_sample: bool = False
 
+    def then(self, after: Algebra) -> Algebra:
+        """What holds for ``x -> after(self(x))``."""
+        return Algebra(
+            linear=self.linear and after.linear,
+            diagonal=self.diagonal and after.diagonal,
+            orthogonal=self.orthogonal and after.orthogonal,
+            source=self.source or after.source,
+            zero_at_init=after.zero_at_init or (self.zero_at_init and after.keeps_zero),
+            identity_at_init=self.identity_at_init and after.identity_at_init,
+            keeps_zero=after.zero_at_init or (self.keeps_zero and after.keeps_zero),
+            matrix=self.matrix and after.matrix,
+            stream=self.stream and after.stream,
+            random=self.random or after.random,
+            mixes_tokens=self.mixes_tokens or after.mixes_tokens,
+            per_sample=self.per_sample or after.per_sample,
+        )
+
+
+IDENTITY = Algebra(
+    linear=True,
+    diagonal=True,
+    orthogonal=True,
+    identity_at_init=True,
+    keeps_zero=True,
+    matrix=True,
+)
+
 
 class Runtime(Protocol):
     """What a torch form may ask of the forward call that runs it."""
@@ -139,6 +168,7 @@ class Primitive(ABC, Generic[A]):
 
     name: ClassVar[str]
     Arguments: ClassVar[type[Arguments]] = Arguments
+    on_tensors: ClassVar[bool] = False  # maps tensors to a tensor, reads no stream
 
     def __init__(self, arguments: A, place: Place) -> None:
         self.arguments = arguments
@@ -161,6 +191,10 @@ class Primitive(ABC, Generic[A]):
     @abstractmethod
     def algebra(self) -> Algebra:
         """What holds for it."""
+
+    def combine(self, inputs: tuple[Algebra, ...]) -> Algebra:
+        """What holds for it after what its stream inputs have gone through."""
+        return inputs[0].then(self.algebra()) if inputs else self.algebra()
 
     def flops(self) -> int:
         """Multiply-adds times two of the activation form, per token, forward."""

@@ -1,0 +1,197 @@
+"""The plan: edits per backbone module, in order, with tensors named and sized.
+
+Data only; computed without touching the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from peftref.backbone.site_table import SiteKind, SiteTable
+from peftref.ir.cost import Cost
+from peftref.ir.graph import AdapterGraph
+from peftref.ir.primitive import Primitive, TensorSpec
+from peftref.ir.types import Form, Stage, WriteNode
+from peftref.passes.base import PassRecord
+from peftref.spec.composition import CompositionSpec
+from peftref.spec.technique import ProcedureSpec
+
+__all__ = ["EditPlan", "ModulePlan", "Plan", "PlannedTensor", "Program", "Properties", "Step"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operation of a flat program; ``inputs`` are registers."""
+
+    primitive: Primitive  # pyright: ignore[reportMissingTypeArgument,reportUnknownVariableType]
+    inputs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Registers: 0 is the stream read, then the tensors, then the results of the steps."""
+
+    tensors: tuple[str, ...]
+    steps: tuple[Step, ...]
+    result: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor of the adapter under its full name; ``owner``: a module path, or "" for the root."""
+
+    name: str
+    spec: TensorSpec
+    member: str
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class EditPlan:
+    """One edit: where it stands in the fold and the program that computes it."""
+
+    write: WriteNode
+    program: Program
+
+    @property
+    def stage(self) -> Stage:
+        """Place in the fold."""
+        if self.write.stage is None:
+            raise TypeError("the stage is derived before a plan is made")
+        return self.write.stage
+
+    @property
+    def formed(self) -> bool:
+        """Whether the effective weight is formed."""
+        return self.write.form is Form.FORMED
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether it is a map that a weight or bias can hold."""
+        algebra = self.write.algebra
+        if algebra is None or not algebra.matrix:
+            return False
+        if self.stage.on_weight or self.stage is Stage.BIAS:
+            return True
+        on_linear = self.write.site.kind is SiteKind.LINEAR
+        scales = self.stage in (Stage.INPUT, Stage.OUTPUT) and algebra.linear
+        own_stream = self.write.read is self.write.port
+        whole = self.write.site.rows is None or self.stage is Stage.OUTPUT
+        return on_linear and scales and own_stream and whole
+
+
+@dataclass(frozen=True, slots=True)
+class ModulePlan:
+    """All edits of one swapped module, in the order of the fold."""
+
+    path: str
+    edits: tuple[EditPlan, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def blockers(self) -> tuple[str, ...]:
+        """Why the module cannot be merged as a whole; empty when it can."""
+        reasons: list[str] = []
+        for edit in self.edits:
+            if not edit.mergeable:
+                reasons.append(f"{edit.write.label}: {_why(edit)}")
+        return tuple(reasons)
+
+
+@dataclass(frozen=True, slots=True)
+class Properties:
+    """What holds for the whole composition, derived.
+
+    Attributes:
+        identity_at_init: the adapted model equals the backbone before the first step.
+        mergeable: everything folds into weights and biases.
+        blockers: why it does not.
+        mixes_tokens: some edit of a row depends on other rows (no cached decoding).
+        needs_token_mask: some gate must know the padding.
+        needs_data: some procedure must see data before the first step.
+        order_notes: ties that do not commute, and the order that is used.
+    """
+
+    identity_at_init: bool
+    mergeable: bool
+    blockers: tuple[str, ...]
+    mixes_tokens: bool
+    needs_token_mask: bool
+    needs_data: bool
+    order_notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``attach`` will do, and what holds for it.
+
+    Attributes:
+        composition: what was compiled.
+        table: the backbone's sites.
+        modules: edits by swapped module, in execution order.
+        tensors: all tensors of the adapter, each once.
+        procedures: what happens over training time.
+        properties: derived properties.
+        servable: target -> blockers; empty blockers: it can be served so.
+        records: what each pass did.
+        graph: the final graph.
+    """
+
+    composition: CompositionSpec
+    table: SiteTable
+    modules: tuple[ModulePlan, ...]
+    tensors: tuple[PlannedTensor, ...]
+    procedures: tuple[ProcedureSpec, ...]
+    properties: Properties
+    servable: Mapping[str, tuple[str, ...]]
+    records: tuple[PassRecord, ...] = ()
+    graph: AdapterGraph | None = field(default=None, compare=False, repr=False)
+
+    @cached_property
+    def trainable_parameters(self) -> int:
+        """Number of trained numbers, each shared tensor once; task head not counted."""
+        return sum(t.spec.size for t in self.tensors if t.spec.trainable)
+
+    @cached_property
+    def stored_parameters(self) -> int:
+        """Numbers that an artifact stores: trained tensors and masks."""
+        return sum(t.spec.size for t in self.tensors if t.spec.trainable or t.spec.buffer)
+
+    @cached_property
+    def trainable_share(self) -> float:
+        """Trainable parameters over those of the backbone."""
+        return self.trainable_parameters / max(self.table.frozen_parameters, 1)
+
+    def cost(self, tokens: int = 1024) -> Cost:
+        """FLOPs and bytes that the adapter adds to a step of ``tokens`` tokens."""
+        return Cost.of(self, tokens)
+
+    def __str__(self) -> str:
+        lines = [f"{self.composition.composition} on {self.table.family}: "
+                 f"{self.trainable_parameters:,} trainable parameters "
+                 f"({self.trainable_share:.3%} of {self.table.frozen_parameters:,})"]
+        for module in self.modules:
+            for edit in module.edits:
+                size = sum(t.spec.size for t in self.tensors if t.name in edit.program.tensors)
+                form = "" if edit.write.form is None else f", {edit.write.form.name.lower()}"
+                lines.append(f"  {edit.write.label}: {edit.stage.name.lower()}{form}, {size:,}")
+        p = self.properties
+        lines.append(f"identity at init: {'yes' if p.identity_at_init else 'no'}; "
+                     f"mergeable: {'yes' if p.mergeable else 'no'}")
+        lines.extend(f"order: {note}" for note in p.order_notes)
+        return "\n".join(lines)
+
+
+def _why(edit: EditPlan) -> str:
+    algebra = edit.write.algebra
+    if edit.stage in (Stage.KEYS_VALUES, Stage.TOKENS):
+        return "adds rows to a sequence, which no weight can hold"
+    if algebra is not None and algebra.per_sample:
+        return "depends on the sample (a gate)"
+    if algebra is not None and not algebra.linear:
+        return "is not linear"
+    if edit.write.site.kind is not SiteKind.LINEAR:
+        return f"acts on a {edit.write.site.kind.value}, not on a linear module"
+    return "has no matrix form at this port"

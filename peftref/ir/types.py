@@ -1,0 +1,133 @@
+"""Nodes of the adapter graph. Plain frozen data; shapes but no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from peftref.backbone.site_table import Site
+from peftref.spec.technique import Expression
+from peftref.spec.typology import InsertionForm, IntegrationKind, Port
+
+if TYPE_CHECKING:
+    from peftref.ir.primitive import Algebra, Primitive, TensorSpec
+
+__all__ = ["Form", "FunctionNode", "Node", "OperationNode", "ReadNode", "Stage", "TensorNode",
+           "WriteNode"]
+
+
+class Stage(IntEnum):
+    """Where an edit stands in the left fold of its module; smaller comes first."""
+
+    TOKENS = 0
+    INPUT = 1
+    WEIGHT_ADD = 2
+    WEIGHT_ROTATE = 3
+    WEIGHT_NORM = 4
+    BIAS = 5
+    PARALLEL = 6
+    OUTPUT = 7
+    KEYS_VALUES = 8
+
+    @property
+    def on_weight(self) -> bool:
+        """Whether edits of this stage act on the weight matrix."""
+        return Stage.WEIGHT_ADD <= self <= Stage.WEIGHT_NORM
+
+
+class Form(IntEnum):
+    """How an edit of the weight is evaluated."""
+
+    FACTORED = 0  # as a map of the stream, the weight is never formed
+    FORMED = 1  # the effective weight is formed, once a step
+
+
+@dataclass(frozen=True, slots=True)
+class ReadNode:
+    """A tensor of the backbone that a function reads."""
+
+    site: Site
+    port: Port
+
+    @property
+    def width(self) -> int:
+        """Width of the tensor."""
+        return self.site.d_out if self.port is Port.OUTPUT else self.site.d_in
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionNode:
+    """A function that is still an expression."""
+
+    expression: Expression
+
+
+@dataclass(frozen=True, slots=True)
+class OperationNode:
+    """One primitive at one site; inputs are streams first, tensors after."""
+
+    primitive: Primitive  # pyright: ignore[reportMissingTypeArgument,reportUnknownVariableType]
+
+    @property
+    def width(self) -> int:
+        """Width of the result."""
+        return self.primitive.width
+
+
+@dataclass(frozen=True, slots=True)
+class TensorNode:
+    """A tensor of the adapter; ``key`` is its full name when every site has its own."""
+
+    spec: TensorSpec
+    member: str
+    module: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class WriteNode:
+    """The integration of one function at one site.
+
+    Attributes:
+        member: member of the composition; ``module``: module of its technique.
+        site: where; ``port``: what is written.
+        read: the port that the function reads.
+        insertion: sequential or parallel; ``kind`` and ``scale``: the integration.
+        order: rank of (member, module) in the composition.
+        after: edits that must come first.
+        key: name of the edit inside the module that is swapped.
+        stage: place in the fold; None until properties are derived.
+        algebra: what holds for the function; None until properties are derived.
+        form: how a weight edit is evaluated; None until a lowering is chosen.
+    """
+
+    member: str
+    module: str
+    site: Site
+    port: Port
+    read: Port
+    insertion: InsertionForm
+    kind: IntegrationKind
+    scale: float | None
+    order: tuple[int, int]
+    after: tuple[str, ...]
+    key: str
+    stage: Stage | None = None
+    algebra: Algebra | None = None
+    form: Form | None = None
+
+    @property
+    def path(self) -> str:
+        """Path of the backbone module that is swapped to make this edit."""
+        if self.port is Port.KEYS_VALUES and self.site.attention is not None:
+            return self.site.attention.interface
+        return self.site.module
+
+    @property
+    def label(self) -> str:
+        """Printable name: ``lora.delta @ decoder.0.attention.query``."""
+        return f"{self.member}.{self.module} @ {self.site.label}"
+
+
+Node = ReadNode | FunctionNode | OperationNode | TensorNode | WriteNode

@@ -1,0 +1,42 @@
+"""Couplings rewrite the members that they name, in the order written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from peftref.errors import SpecError
+from peftref.ir.graph import AdapterGraph
+from peftref.passes.base import Library
+
+__all__ = ["ApplyCouplings"]
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyCouplings:
+    """Each coupling is looked up by name and given its members; none means all."""
+
+    library: Library
+    name: str = "apply couplings"
+
+    def run(self, graph: AdapterGraph) -> str:
+        everyone = tuple(member.name for member in graph.composition.members)
+        done: list[str] = []
+        for spec in graph.composition.couplings:
+            kind = self.library.coupling(spec.name)
+            try:
+                arguments = kind.Arguments(**spec.arguments)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(map(str, first["loc"]))
+                raise SpecError(
+                    f"{spec.name}: argument {where!r}: {first['msg']} (found {first['input']!r}); "
+                    f"valid: {', '.join(kind.Arguments.model_fields)}",
+                    mark=spec.mark,
+                ) from None
+            done.append(f"{spec.name}: {kind(arguments).apply(graph, spec.members or everyone)}")
+        for member in graph.composition.members:
+            graph.procedures.extend(member.technique.procedures)
+        graph.procedures.extend(graph.composition.procedures)
+        return "; ".join(done) or "none"

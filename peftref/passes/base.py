@@ -1,0 +1,72 @@
+"""What a pass is, and how passes are run in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from peftref.errors import PeftRefError
+from peftref.ir.graph import AdapterGraph
+
+__all__ = ["Library", "Pass", "PassRecord", "Pipeline"]
+
+
+class Library(Protocol):
+    """The registries that passes may ask; injected, so that no pass imports an entry."""
+
+    def primitive(self, name: str) -> type:
+        """The primitive class of that name."""
+        ...
+
+    def coupling(self, name: str) -> object:
+        """The coupling of that name."""
+        ...
+
+
+class Pass(Protocol):
+    """A rewrite or an analysis of the graph, in place."""
+
+    @property
+    def name(self) -> str:
+        """A verb phrase, as printed."""
+        ...
+
+    def run(self, graph: AdapterGraph) -> str:
+        """Do it; return one line that says what changed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PassRecord:
+    """What one pass did."""
+
+    name: str
+    summary: str
+    nodes: int
+
+
+@dataclass(slots=True)
+class Pipeline:
+    """Passes in order; ``observe`` sees the graph after each."""
+
+    passes: tuple[Pass, ...]
+    observe: Callable[[str, AdapterGraph], None] | None = None
+    records: list[PassRecord] = field(default_factory=list[PassRecord])
+
+    def run(self, graph: AdapterGraph) -> None:
+        """Run all passes.
+
+        Raises:
+            PeftRefError: a pass refuses the graph; a note names the pass and those before it.
+        """
+        for step in self.passes:
+            try:
+                summary = step.run(graph)
+            except PeftRefError as error:
+                done = ", ".join(record.name for record in self.records) or "none"
+                error.add_note(f"raised in pass {step.name!r}; passes done: {done}")
+                raise
+            self.records.append(PassRecord(step.name, summary, len(graph)))
+            if self.observe is not None:
+                self.observe(step.name, graph)

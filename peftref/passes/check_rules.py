@@ -1,0 +1,93 @@
+"""Rules that a composition must keep, each a small function with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from peftref.backbone.site_table import RowSlice, SiteKind
+from peftref.errors import CompositionError
+from peftref.ir.graph import AdapterGraph
+from peftref.ir.types import Stage, WriteNode
+from peftref.spec.typology import Port
+
+__all__ = ["CheckRules", "overlap"]
+
+Rule = Callable[[list[WriteNode]], Iterator[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckRules:
+    """Every rule sees the edits of one swapped module; the first violation is raised."""
+
+    name: str = "check rules"
+
+    def run(self, graph: AdapterGraph) -> str:
+        modules: dict[str, list[WriteNode]] = {}
+        for _, write in graph.writes():
+            modules.setdefault(write.path, []).append(write)
+        for writes in modules.values():
+            for rule in _RULES:
+                for violation in rule(writes):
+                    raise CompositionError(violation)
+        trainable = any(
+            tensor.spec.trainable
+            for address, _ in graph.writes()
+            for _, tensor in graph.tensors_of(address)
+        )
+        if not trainable:
+            raise CompositionError("the composition trains nothing: no primitive has a tensor")
+        return f"{len(_RULES)} rules over {len(modules)} modules"
+
+
+def overlap(first: RowSlice | None, second: RowSlice | None) -> bool:
+    """Whether two sites of one module have rows in common."""
+    if first is None or second is None or first.groups != second.groups:
+        return True
+    ends = first.start + first.length, second.start + second.length
+    return first.start < ends[1] and second.start < ends[0]
+
+
+def _reads_a_stream(writes: list[WriteNode]) -> Iterator[str]:
+    """An embedding is indexed, not multiplied: it has no input stream."""
+    for write in writes:
+        source = write.algebra is not None and write.algebra.source
+        on_stream = write.stage in (Stage.PARALLEL, Stage.INPUT) or (
+            write.stage is Stage.WEIGHT_ADD and not source
+        )
+        if write.site.kind is SiteKind.EMBEDDING and on_stream and write.read is Port.INPUT:
+            yield f"{write.label}: an embedding has no input stream to read; write its output "
+            yield "sequentially or its weight with 'delta'"
+
+
+def _one_normalisation(writes: list[WriteNode]) -> Iterator[str]:
+    """Of two magnitudes over one sum the first has no gradient at all."""
+    norms = [write for write in writes if write.stage is Stage.WEIGHT_NORM]
+    for index, first in enumerate(norms):
+        for second in norms[index + 1 :]:
+            if overlap(first.site.rows, second.site.rows):
+                yield (
+                    f"{first.member}.{first.module} and {second.member}.{second.module} both "
+                    f"normalise the weight at {first.site.label}: the first magnitude would have "
+                    "no effect; keep one of them, or give them different sites"
+                )
+
+
+def _known_width(writes: list[WriteNode]) -> Iterator[str]:
+    """A raw module of unknown width cannot be planned from shapes alone."""
+    for write in writes:
+        if write.stage is not Stage.KEYS_VALUES and write.site.d_out <= 0:
+            yield (
+                f"{write.label}: the width of module {write.site.module!r} is not known; select "
+                "a linear, norm or embedding module"
+            )
+
+
+def _edits_of_norms(writes: list[WriteNode]) -> Iterator[str]:
+    """Only tensors that exist can be tuned."""
+    for write in writes:
+        if write.stage is Stage.BIAS and not write.site.bias:
+            yield f"{write.label}: this module has no bias"
+
+
+_RULES: tuple[Rule, ...] = (_reads_a_stream, _one_normalisation, _known_width, _edits_of_norms)

@@ -1,0 +1,119 @@
+"""What holds for every edit, from the algebra of its primitives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from peftref.backbone.site_table import SiteKind
+from peftref.errors import CompositionError
+from peftref.ir.graph import AdapterGraph
+from peftref.ir.types import OperationNode, ReadNode, Stage, TensorNode, WriteNode
+from peftref.ir.primitive import IDENTITY, Algebra
+from peftref.spec.typology import InsertionForm, IntegrationKind, Port
+
+__all__ = ["DeriveProperties"]
+
+_ADDS = (IntegrationKind.ADD, IntegrationKind.SCALED_ADD, IntegrationKind.GATED_ADD)
+
+
+@dataclass(frozen=True, slots=True)
+class DeriveProperties:
+    """The algebra of each function, and from it the stage of each edit in the fold."""
+
+    name: str = "derive properties"
+
+    def run(self, graph: AdapterGraph) -> str:
+        on_weight = 0
+        for address, write in graph.writes():
+            algebra = self._algebra(graph, address)
+            stage = _stage(write, algebra)
+            on_weight += stage.on_weight
+            graph.set(address, replace(write, algebra=algebra, stage=stage))
+        return f"{on_weight} edits fold into a weight"
+
+    @staticmethod
+    def _algebra(graph: AdapterGraph, address: int) -> Algebra:
+        known: dict[int, Algebra] = {}
+        for ancestor in graph.ancestors(address)[:-1]:
+            node = graph.node(ancestor)
+            if isinstance(node, ReadNode):
+                known[ancestor] = IDENTITY
+            elif isinstance(node, OperationNode) and not node.primitive.on_tensors:
+                streams = [i for i in graph.inputs(ancestor) if i in known]
+                streams = [i for i in streams if not isinstance(graph.node(i), TensorNode)]
+                known[ancestor] = node.primitive.combine(tuple(known[i] for i in streams))
+        (value,) = graph.inputs(address)
+        return known[value]
+
+
+def _stage(write: WriteNode, algebra: Algebra) -> Stage:
+    """Place in the fold; refuses what has no meaning.
+
+    ================  ============================  ====================================
+    port              insertion, integration        stage
+    ================  ============================  ====================================
+    weight            parallel, add                 WEIGHT_ADD
+    weight            sequential, rotate            WEIGHT_ROTATE
+    weight            sequential, replace           WEIGHT_NORM
+    bias              parallel, add                 BIAS
+    output            parallel, add, linear map     WEIGHT_ADD (on a linear)
+    output            parallel, any other           PARALLEL
+    output            sequential                    OUTPUT
+    input             sequential                    INPUT
+    keys_values       parallel, concat              KEYS_VALUES
+    output (tokens)   parallel, concat              TOKENS
+    ================  ============================  ====================================
+    """
+    sequential = write.insertion is InsertionForm.SEQUENTIAL
+    if write.port in (Port.WEIGHT, Port.BIAS):
+        return _weight_stage(write, algebra, sequential=sequential)
+    if write.kind is IntegrationKind.CONCAT:
+        if not algebra.source or sequential:
+            raise _refuse(write, "concat joins learned rows ('tokens'), in parallel")
+        if write.port is Port.KEYS_VALUES:
+            return Stage.KEYS_VALUES
+        if write.site.kind is SiteKind.EMBEDDING:
+            return Stage.TOKENS
+        raise _refuse(write, "concat goes with port keys_values or the token embedding's output")
+    if write.port is Port.KEYS_VALUES:
+        raise _refuse(write, "port keys_values takes integration concat")
+    if write.kind is IntegrationKind.ROTATE:
+        raise _refuse(write, "rotate acts on port weight")
+    if sequential:
+        if write.kind is IntegrationKind.RESCALE and not algebra.diagonal:
+            raise _refuse(write, "a sequential rescale needs an elementwise scale ('vector')")
+        return Stage.INPUT if write.port is Port.INPUT else Stage.OUTPUT
+    if write.port is Port.INPUT:
+        raise _refuse(write, "nothing runs beside an input; use insertion sequential")
+    if write.kind is IntegrationKind.REPLACE:
+        raise _refuse(write, "replace is sequential: it needs the stream that it replaces")
+    folds = write.kind in _ADDS and algebra.linear and algebra.matrix
+    if folds and write.site.kind is SiteKind.LINEAR and write.read is Port.INPUT:
+        return Stage.WEIGHT_ADD
+    return Stage.PARALLEL
+
+
+def _weight_stage(write: WriteNode, algebra: Algebra, *, sequential: bool) -> Stage:
+    if not algebra.matrix:
+        raise _refuse(write, "a function on a weight or bias needs a matrix form (linear maps)")
+    if write.port is Port.BIAS:
+        if sequential or write.kind not in _ADDS or not algebra.source:
+            raise _refuse(write, "port bias takes a parallel add of 'delta'")
+        return Stage.BIAS
+    if not sequential and write.kind in _ADDS:
+        if write.site.kind is not SiteKind.LINEAR and not algebra.source:
+            raise _refuse(write, f"the weight of a {write.site.kind.value} takes only 'delta'")
+        return Stage.WEIGHT_ADD
+    if write.site.kind is not SiteKind.LINEAR:
+        raise _refuse(write, "only the weight of a linear site can be rotated or replaced")
+    if sequential and write.kind is IntegrationKind.ROTATE and algebra.orthogonal:
+        return Stage.WEIGHT_ROTATE
+    if sequential and write.kind is IntegrationKind.REPLACE and not algebra.stream:
+        return Stage.WEIGHT_NORM
+    raise _refuse(write, "port weight takes: parallel add, sequential rotate (an orthogonal "
+                  "function), sequential replace ('column_norm')")
+
+
+def _refuse(write: WriteNode, rule: str) -> CompositionError:
+    found = f"{write.insertion.value} {write.kind.value} on port {write.port.value}"
+    return CompositionError(f"{write.label}: {rule}; found {found}")

@@ -1,0 +1,160 @@
+"""From the final graph to plan data."""
+
+from __future__ import annotations
+
+from peftref.errors import CompositionError
+from peftref.ir.graph import AdapterGraph
+from peftref.ir.plan import (
+    EditPlan,
+    ModulePlan,
+    Plan,
+    PlannedTensor,
+    Program,
+    Properties,
+    Step,
+)
+from peftref.ir.types import OperationNode, ReadNode, Stage, TensorNode, WriteNode
+from peftref.passes.base import PassRecord
+from peftref.passes.check_rules import overlap
+
+__all__ = ["is_low_rank", "make_plan"]
+
+
+def make_plan(graph: AdapterGraph, records: list[PassRecord]) -> Plan:
+    """Return the plan of a graph that went through all passes."""
+    modules: dict[str, list[EditPlan]] = {}
+    tensors: dict[str, PlannedTensor] = {}
+    for address, write in graph.writes():
+        program = _program(graph, address)
+        modules.setdefault(write.path, []).append(EditPlan(write, program))
+        for _, node in graph.tensors_of(address):
+            owner = "" if node.spec.share is not None else write.path
+            tensors[node.key] = PlannedTensor(node.key, node.spec, node.member, owner)
+    planned = tuple(_order(path, edits) for path, edits in modules.items())
+    return Plan(
+        composition=graph.composition,
+        table=graph.table,
+        modules=planned,
+        tensors=tuple(tensors.values()),
+        procedures=tuple(graph.procedures),
+        properties=_properties(graph, planned),
+        servable=_servable(planned),
+        records=tuple(records),
+        graph=graph,
+    )
+
+
+def _program(graph: AdapterGraph, address: int) -> Program:
+    order = graph.ancestors(address)[:-1]
+    register = {a: 0 for a in order if isinstance(graph.node(a), ReadNode)}
+    names: list[str] = []
+    for a in order:
+        node = graph.node(a)
+        if isinstance(node, TensorNode):
+            names.append(node.key)
+            register[a] = len(names)
+    steps: list[Step] = []
+    for a in order:
+        node = graph.node(a)
+        if isinstance(node, OperationNode):
+            steps.append(Step(node.primitive, tuple(register[i] for i in graph.inputs(a))))
+            register[a] = len(names) + len(steps)
+    (value,) = graph.inputs(address)
+    return Program(tuple(names), tuple(steps), register[value])
+
+
+def _order(path: str, edits: list[EditPlan]) -> ModulePlan:
+    """Sort by the fold; ``after`` moves an edit behind the ones it names."""
+    # A span that is written through a linear comes after all that the linear itself does.
+    ranked = sorted(edits, key=lambda e: (_is_span(e.write), e.stage, e.write.order))
+    ranked = _respect_after(ranked)
+    notes: list[str] = []
+    for index, first in enumerate(ranked):
+        for second in ranked[index + 1 :]:
+            same = first.stage is second.stage and _is_span(first.write) == _is_span(second.write)
+            rows = overlap(first.write.site.rows, second.write.site.rows)
+            if same and rows and not _commute(first, second):
+                notes.append(
+                    f"{path}: {first.write.member}.{first.write.module} before "
+                    f"{second.write.member}.{second.write.module} (they do not commute)"
+                )
+    return ModulePlan(path, tuple(ranked), tuple(notes))
+
+
+def _is_span(write: WriteNode) -> bool:
+    return write.site.input is not None and write.site.input.module != write.site.module
+
+
+def _respect_after(edits: list[EditPlan]) -> list[EditPlan]:
+    done: list[EditPlan] = []
+    waiting = list(edits)
+    names = {f"{e.write.member}.{e.write.module}" for e in edits}
+    while waiting:
+        placed = {f"{e.write.member}.{e.write.module}" for e in done}
+        ready = [e for e in waiting if all(a in placed or a not in names for a in e.write.after)]
+        if not ready:
+            labels = ", ".join(e.write.label for e in waiting)
+            raise CompositionError(f"'after' goes in a circle: {labels}")
+        if ready[0].stage < max((e.stage for e in done), default=Stage.TOKENS) and (
+            _is_span(ready[0].write) == _is_span(done[-1].write)
+        ):
+            raise CompositionError(
+                f"{ready[0].write.label}: 'after' asks for an order against the fold "
+                "(add, rotate, normalise, then activation edits)"
+            )
+        done.append(ready[0])
+        waiting.remove(ready[0])
+    return done
+
+
+def _commute(first: EditPlan, second: EditPlan) -> bool:
+    if first.stage in (Stage.WEIGHT_ADD, Stage.BIAS, Stage.PARALLEL):
+        return True
+    algebras = (first.write.algebra, second.write.algebra)
+    if first.stage is Stage.KEYS_VALUES:
+        return True  # attention does not depend on the order of keys
+    return all(a is not None and a.diagonal for a in algebras)
+
+
+def _properties(graph: AdapterGraph, modules: tuple[ModulePlan, ...]) -> Properties:
+    edits = [edit for module in modules for edit in module.edits]
+    blockers = tuple(reason for module in modules for reason in module.blockers)
+    algebras = [edit.write.algebra for edit in edits if edit.write.algebra is not None]
+    return Properties(
+        identity_at_init=all(_is_identity(edit) for edit in edits),
+        mergeable=not blockers,
+        blockers=blockers,
+        mixes_tokens=any(a.mixes_tokens for a in algebras),
+        needs_token_mask=any(a.per_sample for a in algebras),
+        needs_data=any(p.name == "prune" and p.arguments.get("criterion") == "snip"
+                       for p in graph.procedures),
+        order_notes=tuple(note for module in modules for note in module.notes),
+    )
+
+
+def _is_identity(edit: EditPlan) -> bool:
+    algebra = edit.write.algebra
+    if algebra is None or edit.stage in (Stage.KEYS_VALUES, Stage.TOKENS):
+        return False
+    if edit.write.kind.value in ("rescale", "rotate", "replace"):
+        return algebra.identity_at_init
+    return algebra.zero_at_init
+
+
+def _servable(modules: tuple[ModulePlan, ...]) -> dict[str, tuple[str, ...]]:
+    blockers = tuple(reason for module in modules for reason in module.blockers)
+    lora = tuple(
+        f"{edit.write.label}: is no low-rank addition to a whole linear weight"
+        for module in modules
+        for edit in module.edits
+        if not is_low_rank(edit)
+    )
+    return {"merged": blockers, "peft": lora, "vllm": lora, "peftref": ()}
+
+
+def is_low_rank(edit: EditPlan) -> bool:
+    """Whether an edit is ``W + s B A`` of one linear module with its own two factors."""
+    names = [step.primitive.name for step in edit.program.steps]
+    whole = edit.write.site.rows is None
+    linears = [name for name in names if name != "dropout"]
+    return edit.stage is Stage.WEIGHT_ADD and whole and linears == ["linear", "linear"]

@@ -1,0 +1,29 @@
+"""The passes in order."""
+
+from __future__ import annotations
+
+from peftref.passes.apply_couplings import ApplyCouplings
+from peftref.passes.base import Library, Pass
+from peftref.passes.check_rules import CheckRules
+from peftref.passes.choose_lowering import ChooseLowering
+from peftref.passes.derive_properties import DeriveProperties
+from peftref.passes.expand_functions import ExpandFunctions
+from peftref.passes.resolve_sites import ResolveSites
+from peftref.passes.simplify import Simplify
+from peftref.passes.tie_parameters import TieParameters
+
+__all__ = ["default_passes"]
+
+
+def default_passes(library: Library, tokens: int = 1024) -> tuple[Pass, ...]:
+    """Return the pipeline for ``tokens`` tokens a step."""
+    return (
+        ResolveSites(),
+        ExpandFunctions(library),
+        ApplyCouplings(library),
+        TieParameters(),
+        Simplify(),
+        DeriveProperties(),
+        CheckRules(),
+        ChooseLowering(tokens),
+    )

@@ -1,0 +1,90 @@
+"""From selectors to places: one read, one function and one write for every site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftref.backbone.selection import select
+from peftref.backbone.site_table import Site, SiteKind
+from peftref.errors import CompositionError
+from peftref.ir.graph import AdapterGraph
+from peftref.ir.types import FunctionNode, ReadNode, WriteNode
+from peftref.spec.technique import ModuleSpec
+from peftref.spec.typology import InsertionForm, Port
+
+__all__ = ["ResolveSites"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolveSites:
+    """Case 1: a module matches sites: one edit for each.
+
+    Case 2: it matches none and is optional: nothing.
+    Case 3: a member has no edit at all: refused.
+    """
+
+    name: str = "resolve sites"
+
+    def run(self, graph: AdapterGraph) -> str:
+        count = 0
+        for rank, member in enumerate(graph.composition.members):
+            inserted = 0
+            for index, module in enumerate(member.technique.modules):
+                for site in select(graph.table, module.site):
+                    self._insert(graph, member.name, module, site, (rank, index))
+                    inserted += 1
+            if not inserted:
+                raise CompositionError(
+                    f"member {member.name!r} ({member.technique.technique}) is inserted nowhere "
+                    f"in this {graph.table.family} backbone; its sites are all optional and "
+                    "absent here"
+                )
+            count += inserted
+        return f"{count} insertions"
+
+    def _insert(
+        self,
+        graph: AdapterGraph,
+        member: str,
+        module: ModuleSpec,
+        site: Site,
+        order: tuple[int, int],
+    ) -> None:
+        port, read = self._ports(module, site)
+        write = WriteNode(
+            member=member,
+            module=module.name,
+            site=site,
+            port=port,
+            read=read,
+            insertion=module.interaction.insertion,
+            kind=module.interaction.integration.kind,
+            scale=module.interaction.integration.scale,
+            order=order,
+            after=module.after,
+            key=_key(member, module.name, site),
+        )
+        source = graph.add(ReadNode(site, read))
+        function = graph.add(FunctionNode(module.function), (source,))
+        graph.add(write, (function,))
+
+    @staticmethod
+    def _ports(module: ModuleSpec, site: Site) -> tuple[Port, Port]:
+        port = module.site.port
+        sequential = module.interaction.insertion is InsertionForm.SEQUENTIAL
+        read = module.read
+        if read is None:
+            on_stream = port in (Port.INPUT, Port.OUTPUT)
+            read = port if sequential and on_stream else Port.INPUT
+        if site.kind is SiteKind.SPAN and site.role.startswith("residual."):
+            # In a pre-norm model nothing lies between the sum and what follows it: the two
+            # ports are one tensor.
+            return Port.OUTPUT, Port.OUTPUT
+        return port, read
+
+
+def _key(member: str, module: str, site: Site) -> str:
+    """Name of the edit; carries the role where one module can hold several sites."""
+    shared = site.rows is not None or site.kind in (SiteKind.SPAN, SiteKind.ATTENTION)
+    shared = shared or site.input is not None
+    return f"{member}.{module}.{site.role.replace('.', '_')}" if shared else f"{member}.{module}"
