@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 
 from peftref.errors import Mark
 from peftref.spec.base import Frozen, Scalar
-from peftref.spec.technique import ProcedureSpec, Reference, TechniqueSpec
+from peftref.spec.parameter import ParameterValue
+from peftref.spec.technique import LearningRate, ProcedureSpec, Reference, TechniqueSpec
 
-__all__ = ["CompositionSpec", "CouplingSpec", "Member"]
+__all__ = ["CompositionFile", "CompositionSpec", "CouplingSpec", "Member", "MemberUse"]
 
 
 class Member(Frozen):
@@ -43,13 +44,47 @@ class CouplingSpec(Frozen):
             return {"name": name, "members": body.pop("members", ()), "arguments": body}
         return value
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CouplingSpec):
+            return NotImplemented
+        mine = (self.name, self.members, dict(self.arguments))
+        return mine == (other.name, other.members, dict(other.arguments))
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]  # arguments are a mapping
+
+
+class MemberUse(Frozen):
+    """A member as a composition file names it: ``use`` is a name, a path or an expression.
+
+    ``name`` is by default that of the technique; ``with`` sets parameters of what is used.
+    """
+
+    use: str
+    name: str | None = None
+    with_: Mapping[str, Scalar | tuple[int, ...]] = Field(default_factory=dict, alias="with")
+
+
+class CompositionFile(Frozen):
+    """A composition file whose parameters have values; its members are still to be read.
+
+    ``learning_rate`` replaces the cited rates of the members.
+    """
+
+    composition: str
+    reference: Reference | None = None
+    values: Mapping[str, ParameterValue] = Field(default_factory=dict)
+    learning_rate: LearningRate | None = None
+    members: tuple[MemberUse, ...] = Field(min_length=1)
+    couplings: tuple[CouplingSpec, ...] = ()
+    procedures: tuple[ProcedureSpec, ...] = ()
+
 
 class CompositionSpec(Frozen):
     """All that the compiler needs to know: members, couplings and procedures, in order."""
 
     composition: str
     reference: Reference | None = None
-    values: Mapping[str, Scalar | tuple[int, ...]] = Field(default_factory=dict)
+    values: Mapping[str, ParameterValue] = Field(default_factory=dict)
     members: tuple[Member, ...] = Field(min_length=1)
     couplings: tuple[CouplingSpec, ...] = ()
     procedures: tuple[ProcedureSpec, ...] = ()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
@@ -11,6 +12,11 @@ from peftref.spec.typology import Port
 
 __all__ = ["SiteSelector"]
 
+_NAME = r"[a-z0-9_*]+\??"
+_PART = rf"(?:{_NAME}|\{{{_NAME}(?:,{_NAME})*\}}\??)"
+_ROLES = re.compile(rf"{_PART}(?:\.{_PART})*")
+_SLICE = re.compile(r"-?\d*:-?\d*(?::-?[1-9]\d*)?")
+
 
 class SiteSelector(Frozen):
     """A pattern over site roles, or a raw pattern over module paths.
@@ -18,7 +24,8 @@ class SiteSelector(Frozen):
     ``select`` is a role pattern: names joined by dots, ``{a,b}`` alternatives, ``*`` inside or
     for a part, and a trailing ``?`` on a part or alternative that a backbone may lack
     (``"{attention,cross_attention?}.{key,value}"``). Every alternative without ``?`` must match.
-    ``module`` is a regular expression that a dotted module path must match whole.
+    ``module`` is a regular expression that a dotted module path must match whole; a ``select``
+    that starts with ``module:`` means it too, so that a parameter of type ``site`` reaches both.
     ``layers`` is ``"all"``, a list of indices (negative from the end) or a slice ``"0:6:2"``.
     """
 
@@ -28,8 +35,28 @@ class SiteSelector(Frozen):
     layers: Literal["all"] | str | tuple[int, ...] = "all"
     stack: Literal["encoder", "decoder"] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _raw_pattern(cls, value: Any) -> Any:  # noqa: ANN401 - the loader's border
+        if isinstance(value, dict) and str(value.get("select", "")).startswith("module:"):
+            rest = {key: item for key, item in value.items() if key != "select"}
+            return {**rest, "module": value["select"].removeprefix("module:")}
+        return value
+
     @model_validator(mode="after")
-    def _exactly_one(self) -> SiteSelector:
+    def _means_something(self) -> Self:
         if (self.select is None) == (self.module is None):
             raise ValueError("a site needs exactly one of 'select' (roles) and 'module' (regex)")
+        if self.select is not None and not _ROLES.fullmatch(self.select):
+            raise ValueError(f"{self.select!r} is no site pattern: names joined by dots, with "
+                             "{a,b}, * and ?, such as 'attention.{query,value}'")
+        if self.module is not None:
+            try:
+                re.compile(self.module)
+            except re.error as error:
+                raise ValueError(f"{self.module!r} is no regular expression: {error}") from error
+        named = isinstance(self.layers, str) and self.layers != "all"
+        if named and not _SLICE.fullmatch(str(self.layers)) or self.layers == ():
+            raise ValueError(f"layers are 'all', a list of indices or a slice such as '0:6:2', "
+                             f"not {self.layers!r}")
         return self

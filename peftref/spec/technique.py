@@ -9,10 +9,12 @@ from pydantic import Field, model_serializer, model_validator
 
 from peftref.errors import Mark
 from peftref.spec.base import Frozen, Scalar
+from peftref.spec.parameter import Parameter, ParameterValue
 from peftref.spec.selector import SiteSelector
 from peftref.spec.typology import InsertionForm, IntegrationKind, Port
 
 __all__ = [
+    "COMBINATORS",
     "Expression",
     "Integration",
     "Interaction",
@@ -26,29 +28,14 @@ __all__ = [
 ]
 
 
+COMBINATORS = ("chain", "sum", "product")
+
+
 class Reference(Frozen):
     """The source of a technique."""
 
     paper: str
     url: str
-
-
-class Parameter(Frozen):
-    """A typed parameter of a spec: the only source for Python, ``--set``, search and docs.
-
-    ``range`` is inclusive; ``log`` marks a logarithmic scale for search; ``choices`` closes a
-    ``choice``; ``peft`` is the name that huggingface/peft gives it; ``search`` narrows what a
-    search proposes (a list of values), else ``range`` or ``choices`` is used.
-    """
-
-    type: Literal["int", "float", "bool", "choice", "text", "site", "layers", "technique"]
-    default: Scalar | tuple[int, ...]
-    range: tuple[float, float] | None = None
-    log: bool = False
-    choices: tuple[Scalar, ...] | None = None
-    search: tuple[Scalar, ...] | None = None
-    peft: str | None = None
-    doc: str = ""
 
 
 class Expression(Frozen):
@@ -80,6 +67,16 @@ class Expression(Frozen):
                 return {"name": name, "arguments": dict(body)}
             raise ValueError(f"{name!r} takes a mapping of arguments or a list, not {body!r}")
         return value
+
+    @model_validator(mode="after")
+    def _children_belong_to_combinators(self) -> Self:
+        if self.name in COMBINATORS:
+            if not self.children or self.arguments:
+                raise ValueError(f"{self.name!r} takes a list of at least one function")
+        elif self.children:
+            known = ", ".join(COMBINATORS)
+            raise ValueError(f"{self.name!r} takes arguments; only {known} take a list")
+        return self
 
     @model_serializer
     def _to_yaml(self) -> Any:  # noqa: ANN401 - the loader's border
@@ -176,13 +173,20 @@ class ProcedureSpec(Frozen):
             return {"name": name, "arguments": dict(body or {})}
         return value
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ProcedureSpec):
+            return NotImplemented
+        return (self.name, dict(self.arguments)) == (other.name, dict(other.arguments))
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]  # arguments are a mapping
+
 
 class TechniqueSpec(Frozen):
     """A technique with all its parameters set: what the compiler reads."""
 
     technique: str
     reference: Reference | None = None
-    values: Mapping[str, Scalar | tuple[int, ...]] = Field(default_factory=dict)
+    values: Mapping[str, ParameterValue] = Field(default_factory=dict)
     learning_rate: LearningRate | None = None
     optimiser_groups: tuple[OptimiserGroup, ...] = ()
     modules: tuple[ModuleSpec, ...] = Field(min_length=1)
