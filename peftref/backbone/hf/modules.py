@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftref.backbone.site_table import ADDED, SiteKind
@@ -74,34 +76,28 @@ def owners(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
     return found
 
 
-def head_modules(model: PreTrainedModel, known: Iterable[str]) -> tuple[str, ...]:
+def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
     """Return the children outside the base model that are no LM head and have parameters.
 
     Some models (``T5ForQuestionAnswering``) are their own base model; there a head is a child
-    with parameters of its own that no path of ``known`` leads into.
+    with parameters that the plain model of the same configuration does not have.
     """
-    output = model.get_output_embeddings()
-    base = model.base_model
-    if base is model and isinstance(model, _base_class(model)):
-        return ()
-    inside = {path.split(".")[0] for path in known}
-    if base is model and not inside:
-        return ()
-    seen = {id(p) for name in inside for p in model.get_submodule(name).parameters()}
+    output, base = model.get_output_embeddings(), model.base_model
+    inside: set[str] = set()
+    if base is model:
+        if type(model.config) not in MODEL_MAPPING:
+            return ()
+        with torch.device("meta"):
+            plain = AutoModel.from_config(copy.deepcopy(model.config))
+        inside = {name for name, _ in plain.named_children()}
     heads: list[str] = []
     for name, child in model.named_children():
-        own = [p for p in child.parameters() if base is not model or id(p) not in seen]
+        if child is base or name in inside or is_added(name):
+            continue
         language = output is not None and any(module is output for module in child.modules())
-        if own and child is not base and not language and not is_added(name):
+        if not language and next(child.parameters(), None) is not None:
             heads.append(name)
     return tuple(heads)
-
-
-def _base_class(model: PreTrainedModel) -> tuple[type, ...]:
-    found = MODEL_MAPPING.get(type(model.config), None)
-    if found is None:
-        return ()
-    return tuple(found) if isinstance(found, list | tuple) else (found,)
 
 
 def count_parameters(model: nn.Module, heads: Iterable[str]) -> int:

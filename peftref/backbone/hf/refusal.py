@@ -49,10 +49,9 @@ def refusal(model: PreTrainedModel) -> BackboneError:
 
 
 def _known_roles() -> list[Role]:
-    rows = dict.fromkeys(families().values())
     return [
         role
-        for row in rows
+        for row in families().values()
         for stack in row.stacks.values()
         for part in (stack.before, stack.layer, stack.after)
         for role in expand(part)

@@ -54,7 +54,7 @@ def site_table(
 def module_table(model: PreTrainedModel) -> SiteTable:
     """Return a table without roles: only ``modules``, for raw ``module:`` selectors."""
     modules = named_modules(model)
-    heads = head_modules(model, ())
+    heads = head_modules(model)
     embedding = model.get_input_embeddings()
     return SiteTable(
         family="modules",
@@ -123,7 +123,7 @@ class _Reader:
             raise self._misfit(f"it has no list of layers at {tried}")
         sites = [site for name, stack in stacks.items() for site in self._stack(name, stack)]
         paths = {name: self._layers(stack) for name, stack in stacks.items()}
-        heads = head_modules(self.model, [site.module for site in sites])
+        heads = head_modules(self.model)
         sites += self._language_head(list(stacks)[-1])
         where = {path: (name, i) for name, own in paths.items() for i, path in enumerate(own)}
         return SiteTable(
