@@ -1,0 +1,273 @@
+"""The study: proposes candidates that are new and feasible, and remembers what became of them.
+
+Only the driver holds one. Optuna 5 is used for its samplers and its storage; the front is ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import optuna
+from optuna.trial import TrialState
+
+from peftref.errors import SearchError
+from peftref.search.record import Record
+from peftref.search.space import Candidate, Encoding, Space
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+
+    from peftref.search.settings import SamplerName
+
+__all__ = ["Rules", "Screen", "Screened", "Study"]
+
+_GP_TRIALS = 250  # a Gaussian process beats TPE up to here; its cost grows with the cube
+_START_HYBRIDS = 6  # random hybrids before the sampler is asked
+_RUNNING_TOO = "an equal candidate is being trained"
+_PATIENCE = 200  # draws without a new feasible candidate before the space counts as exhausted
+
+
+@dataclass(frozen=True, slots=True)
+class Screened:
+    """What compiling a candidate on the meta device says; ``problem`` empty: it may be trained."""
+
+    parameters: int
+    problem: str = ""
+
+
+class Screen(Protocol):
+    """Counts and checks a candidate without training it or loading a weight."""
+
+    layers: int
+    parameters: int
+
+    def __call__(self, expression: str | None) -> Screened:
+        """Return exact trainable parameters and what forbids the candidate."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How a study proposes: most parameters (None: any), sampler, seed, sizes of baselines."""
+
+    max_parameters: int | None
+    sampler: SamplerName
+    trials: int | None
+    seed: int
+    baseline_sizes: int = 1
+
+    @property
+    def kind(self) -> SamplerName:
+        """The sampler that ``auto`` stands for."""
+        if self.sampler != "auto":
+            return self.sampler
+        return "gp" if self.trials is None or self.trials <= _GP_TRIALS else "tpe"
+
+    @property
+    def encoding(self) -> Encoding:
+        """What the sampler is best with."""
+        return "flat" if self.kind == "gp" else "conditional"
+
+
+class Study:
+    """Candidates with two objectives: validation score (up) and log10 parameters (down)."""
+
+    def __init__(self, study: optuna.Study, space: Space, rules: Rules, screen: Screen) -> None:
+        self._study = study
+        self._space = space
+        self._rules = rules
+        self._screen = screen
+        self._asked: dict[int, optuna.Trial] = {}
+        self._encoding: Encoding = study.user_attrs.get("encoding", rules.encoding)
+        study.set_user_attr("encoding", self._encoding)
+        self.records = read_records(study)
+        seed = derived_seed(rules.seed, len(study.get_trials(deepcopy=False)))
+        study.sampler = _sampler(rules.kind, seed)
+        self._random = random.Random(seed)
+        self._close_zombies()
+        for point in space.baselines(self._encoding, rules.baseline_sizes):
+            study.enqueue_trial(point, skip_if_exists=True)
+
+    def require_feasible(self) -> None:
+        """Compile the smallest candidates; no training starts when none of them is allowed.
+
+        Raises:
+            SearchError: with the smallest candidate and its problem.
+        """
+        refused: list[tuple[int, str, str]] = []
+        for candidate in self._space.smallest():
+            screened = self._screen(candidate.expression)
+            problem = self._problem(screened)
+            if not problem:
+                return
+            refused.append((screened.parameters, str(candidate.expression), problem))
+        _, smallest, problem = min(refused)
+        raise SearchError(f"No candidate is feasible. The smallest is {smallest}: {problem}.")
+
+    def propose(self, now: float) -> Record | None:
+        """Return a new candidate that satisfies the constraints, or None: there is none.
+
+        Duplicates, infeasible candidates and candidates that do not compile are told to the
+        sampler at once, without training.
+        """
+        for draw in range(_PATIENCE):
+            if self._wants_draw(draw):
+                self._study.enqueue_trial(self._space.draw(self._random, self._encoding))
+            trial = self._study.ask()
+            candidate = self._space.suggest(trial, self._encoding)
+            record = self._judge(trial, candidate, now)
+            if record.outcome == "running":
+                self._asked[trial.number] = trial
+                return record
+        return None
+
+    def finish(self, number: int, result: Mapping[str, Any]) -> Record:
+        """Store the result of a training and tell it to the sampler."""
+        curve = tuple((int(step), float(loss)) for step, loss in result["curve"])
+        data = {**result, "curve": curve}
+        return self._tell(replace(self.records[number], outcome="trained", **data))
+
+    def fail(self, number: int, error: str, now: float) -> Record:
+        """Store that a training raised; the sampler learns to keep away."""
+        record = replace(self.records[number], outcome="failed", error=error, finished=now)
+        return self._tell(record)
+
+    def note(self, name: str, value: object) -> None:
+        """Store something of the whole study as JSON."""
+        self._study.set_user_attr(name, value)
+
+    def noted(self) -> dict[str, Any]:
+        """Return all that :meth:`note` stored."""
+        return dict(self._study.user_attrs)
+
+    def _wants_draw(self, draw: int) -> bool:
+        """Random hybrids come after the baselines, and when the sampler only repeats itself."""
+        if self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            return False
+        known = self.records.values()
+        hybrids = sum(r.kind == "hybrid" and r.outcome != "duplicate" for r in known)
+        return draw >= 3 or hybrids < _START_HYBRIDS
+
+    def _judge(self, trial: optuna.Trial, candidate: Candidate, now: float) -> Record:
+        record = Record(
+            number=trial.number, key=candidate.key, composition=candidate.expression,
+            members=candidate.members, rate=candidate.rate, parameters=0, started=now,
+        )
+        equal = self._equal(record.key)
+        if equal is not None:
+            error = _RUNNING_TOO if equal.outcome == "running" else equal.error
+            same = replace(equal, number=trial.number, outcome="duplicate", error=error)
+            return self._tell(replace(same, seconds=0.0, started=now, finished=now), trial)
+        screened = self._screen(candidate.expression)
+        record = replace(record, parameters=screened.parameters)
+        if self._rules.max_parameters is not None:
+            excess = float(screened.parameters - self._rules.max_parameters)
+            trial.set_constraint("max_parameters", excess)
+        problem = self._problem(screened)
+        if problem:
+            record = replace(record, outcome="infeasible", error=problem, finished=now)
+            return self._tell(record, trial)
+        self.records[trial.number] = record
+        trial.set_user_attr("record", asdict(record))
+        return record
+
+    def _problem(self, screened: Screened) -> str:
+        limit = self._rules.max_parameters
+        if screened.problem or limit is None or screened.parameters <= limit:
+            return screened.problem
+        return f"{screened.parameters:,} trainable parameters, limit {limit:,}"
+
+    def _equal(self, key: str) -> Record | None:
+        for record in self.records.values():
+            if record.key == key and record.outcome not in ("interrupted", "duplicate"):
+                return record
+        return None
+
+    def _tell(self, record: Record, trial: optuna.Trial | None = None) -> Record:
+        """Store the record, then close the trial.
+
+        A training that failed or is forbidden is told as complete with the worst score: a
+        Gaussian process never sees a pruned trial and would propose it again. Nothing but the
+        sampler reads these values.
+        """
+        trial = trial or self._asked.pop(record.number)
+        self.records[record.number] = record
+        trial.set_user_attr("record", asdict(record))
+        if record.error == _RUNNING_TOO:
+            self._study.tell(trial, state=TrialState.FAIL)
+            return record
+        score = record.score if record.score is not None else self._worst()
+        self._study.tell(trial, [score, math.log10(max(record.parameters, 1))])
+        return record
+
+    def _worst(self) -> float:
+        scores = [r.score for r in self.records.values() if r.score is not None]
+        return min(scores, default=0.0)
+
+    def _close_zombies(self) -> None:
+        """Give back what an earlier driver left running: the run folder's lock is ours now."""
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self._study.tell(trial.number, state=TrialState.FAIL)
+            if trial.params:
+                self._study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
+            known = self.records.get(trial.number)
+            if known is not None:
+                self.records[trial.number] = replace(known, outcome="interrupted")
+
+
+def open_study(url: str, *, create: bool) -> optuna.Study:
+    """Open the study of a run folder.
+
+    Raises:
+        SearchError: the database is missing or cannot be read.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        if not create:
+            return optuna.load_study(study_name="search", storage=url)
+        return optuna.create_study(
+            study_name="search", storage=url, directions=["maximize", "minimize"],
+            load_if_exists=True,
+        )
+    except Exception as error:  # noqa: BLE001 - SQLAlchemy, alembic and Optuna raise their own
+        raise SearchError(
+            f"The study {url} cannot be opened ({type(error).__name__}: {str(error)[:200]}). "
+            "Delete the run folder or choose another with --output."
+        ) from error
+
+
+def read_records(study: optuna.Study) -> dict[int, Record]:
+    """Return the records of all proposed candidates by number."""
+    records: dict[int, Record] = {}
+    for trial in study.get_trials(deepcopy=False):
+        data = trial.user_attrs.get("record")
+        if data is None:
+            continue
+        record = Record.from_json(data)
+        if record.outcome == "running" and trial.state is TrialState.FAIL:
+            record = replace(record, outcome="interrupted")
+        records[record.number] = record
+    return records
+
+
+def derived_seed(seed: int, trials: int) -> int:
+    """Return the sampler's seed: a resumed study must not repeat the proposals of its first run."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{trials}".encode()).digest()[:4])
+
+
+def _sampler(kind: SamplerName, seed: int) -> BaseSampler:
+    samplers = optuna.samplers
+    match kind:
+        case "gp" | "auto":
+            return samplers.GPSampler(seed=seed, n_startup_trials=1)
+        case "tpe":
+            return samplers.TPESampler(seed=seed, n_startup_trials=1)
+        case "nsga2":
+            return samplers.NSGAIISampler(seed=seed, population_size=20)
+        case "random":
+            return samplers.RandomSampler(seed=seed)
