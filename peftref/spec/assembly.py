@@ -125,9 +125,9 @@ class Assembly:
                             "technique", mark=template.body.mark)
         own = {key: node for key, node in given.items() if key in template.parameters}
         rest = {key: node for key, node in given.items() if key not in own}
-        file = template.composition(own)
+        file, text = template.composition(own)
         joint = _Joint(self, rest)
-        for use, node in zip(file.members, template.body.value["members"].value, strict=True):
+        for use, node in zip(file.members, text.value["members"].value, strict=True):
             joint.add_member(use, node)
         return joint.finish_file(template, file)
 
@@ -159,21 +159,19 @@ class _Joint:
         return members
 
     def add_member(self, use: MemberUse, node: Node) -> None:
-        """Add a member of a composition file; ``node`` is its text before values were put in."""
-        at = node.value["use"].mark if node.is_mapping else node.mark
-        assembly = self.assembly
-        name = use.name or _only_name(assembly, use.use, at)
+        """Add a member of a composition file; ``node`` is its text."""
+        at = node.value["use"].mark
+        name = use.name or _only_name(self.assembly, use.use, at)
         if name in self.groups:
             raise SpecError(f"two members share the name {name!r}", mark=node.mark)
-        fixed = node.value.get("with", Node({}))
-        given = {key: node_of(value, fixed.value[key].mark) for key, value in use.with_.items()}
+        given: Given = dict(node.value["with"].value) if use.with_ else {}
+        computed = {key: item.computed for key, item in given.items() if item.computed}
         for key, value in self.values_for(name).items():
-            if key in fixed.value and "$" in str(fixed.value[key].value):
+            if key in computed:
                 raise SpecError(f"'{name}.{key}' is computed by the composition from "
-                                f"{fixed.value[key].value!r}; set that parameter", mark=value.mark)
+                                f"{computed[key]!r}; set that parameter", mark=value.mark)
             given[key] = value
-        built = assembly.below(assembly.folder).expression(use.use, given, at)
-        computed = [key for key, item in fixed.value.items() if "$" in str(item.value)]
+        built = self.assembly.below(self.assembly.folder).expression(use.use, given, at)
         self.take(built, name, rename=True, hidden=computed)
 
     def values_for(self, label: str) -> Given:

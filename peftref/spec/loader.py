@@ -34,11 +34,13 @@ class Node:
     """A value and its place: a scalar, a tuple of nodes, or a mapping of text to nodes.
 
     ``keys`` has the places of a mapping's keys. ``mark`` is None for values made in Python.
+    ``computed`` is the text with placeholders that the value was made from.
     """
 
     value: Any
     mark: Mark | None = None
     keys: Mapping[str, Mark | None] = field(default_factory=dict)
+    computed: str | None = None
 
     @property
     def is_mapping(self) -> bool:

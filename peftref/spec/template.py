@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from peftref.errors import Mark, SpecError, unknown_name
@@ -115,11 +115,15 @@ class Template:
         content = {**body.value, "values": node_of(self.bind(given))}
         return validated(TechniqueSpec, canonical_technique(body.replaced(content), expand))
 
-    def composition(self, given: Mapping[str, Node]) -> CompositionFile:
-        """Return the composition file with the values in ``given``; members are not read."""
+    def composition(self, given: Mapping[str, Node]) -> tuple[CompositionFile, Node]:
+        """Return the composition file with the values in ``given``, and its text with them in.
+
+        The members are not read: they are names, paths and expressions.
+        """
         body = self.resolved(given)
         content = {**body.value, "values": node_of(self.bind(given))}
-        return validated(CompositionFile, canonical_composition(body.replaced(content)))
+        file = validated(CompositionFile, canonical_composition(body.replaced(content)))
+        return file, body
 
     def function(self, arguments: Node) -> Node:
         """Return the function that this macro stands for at a use with ``arguments``."""
@@ -192,7 +196,7 @@ class _Resolver:
         if isinstance(node.value, tuple):
             return node.replaced([self.resolve(item) for item in node.value])
         if isinstance(node.value, str):
-            return node_of(self._text(node.value, node.mark), node.mark)
+            return self._text(node)
         return node
 
     def _branch(self, node: Node) -> Node:
@@ -213,11 +217,15 @@ class _Resolver:
                             mark=node.mark)
         return branches[value]
 
-    def _text(self, text: str, mark: Mark | None) -> ParameterValue:
+    def _text(self, node: Node) -> Node:
+        text, mark = node.value, node.mark
+        if not _PLACEHOLDER.search(text):
+            return node
         whole = _PLACEHOLDER.fullmatch(text)
         if whole:
-            return self._value(whole, mark)
-        return _PLACEHOLDER.sub(lambda found: _branch_name(self._value(found, mark)), text)
+            return replace(node_of(self._value(whole, mark), mark), computed=text)
+        parts = _PLACEHOLDER.sub(lambda found: _branch_name(self._value(found, mark)), text)
+        return Node(parts, mark, computed=text)
 
     def _value(self, found: re.Match[str], mark: Mark | None) -> ParameterValue:
         if found["dollar"]:
