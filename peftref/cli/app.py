@@ -1,7 +1,7 @@
 """The ``peftref`` command: finds the verb, runs it, and turns errors into one line.
 
-A verb is a file of this folder that exports ``command``. It is imported only when its name is
-among the words given, so that help, ``list`` and ``check`` start without torch.
+A verb is a file of this folder that exports ``command``. It is imported only when it is the verb
+given, so that help, ``list`` and ``check`` start without torch.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def _load_plugins(words: Sequence[str]) -> list[str]:
 
 
 def _application(words: Sequence[str]) -> typer.Typer:
-    """Return the application with the verbs among the words loaded, and the others named."""
+    """Return the application with the verb of these words loaded, and the others named."""
+    verb = next((word for word in words if not word.startswith("-")), None)
     app = typer.Typer(
         add_completion=False,
         rich_markup_mode=None,
@@ -83,7 +84,7 @@ def _application(words: Sequence[str]) -> typer.Typer:
     )
     app.callback()(_describe)
     for name, summary in VERBS.items():
-        if name in words:
+        if name == verb:
             function = importlib.import_module(f"peftref.cli.{name}").command
             app.command(name, help=_help(function) or summary, short_help=summary)(function)
         else:
@@ -110,7 +111,7 @@ def _print_version(wanted: bool) -> None:
 def _describe(
     _version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print version."),
     ] = False,
     _plugin: Annotated[
         str | None,

@@ -103,7 +103,9 @@ class SearchSettings(Frozen):
 
     space: SpaceSettings = SpaceSettings()
     trials: int | None = Field(default=None, ge=1)
-    budget: Annotated[float | None, BeforeValidator(seconds)] = Field(default=None, gt=0.0)
+    budget: Annotated[
+        float | None, BeforeValidator(seconds, json_schema_input_type=float | str | None)
+    ] = Field(default=None, gt=0.0)
     max_parameters: Annotated[int | str | None, BeforeValidator(_share)] = None
     servable: tuple[str, ...] = ()
     sampler: SamplerName = "auto"

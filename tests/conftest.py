@@ -1,0 +1,16 @@
+"""Settings that hold for every test."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+
+# Read when transformers is imported, hence here: no test asks a network for anything.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Machines that run the tests differ in speed by more than any deadline allows for.
+hypothesis.settings.register_profile("peftref", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("peftref")
