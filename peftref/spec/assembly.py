@@ -109,7 +109,7 @@ class Assembly:
         A value is named ``parameter``, or ``label.parameter`` as in a longer expression.
         """
         template, folder = self.template(use)
-        written = {key: node_of(value, use.mark) for key, value in use.values.items()}
+        written = {key: node_of(value, use.places.get(key)) for key, value in use.values.items()}
         outside = {key.removeprefix(f"{label}.") if key not in template.parameters else key: node
                    for key, node in given.items()}
         return self.below(folder).instance(template, {**written, **outside})

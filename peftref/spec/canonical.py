@@ -34,7 +34,7 @@ def canonical_composition(node: Node) -> Node:
     return _changed(node, "procedures", lambda items: _each(items, _procedure))
 
 
-def _no_macros(name: str, arguments: Node) -> None:  # noqa: ARG001 - a MacroExpander
+def _no_macros(name: str, arguments: Node) -> None:
     """Resolved specs hold no macros: a name in them is a primitive's."""
 
 

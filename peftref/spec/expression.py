@@ -14,6 +14,7 @@ integers, or a bare name or technique, which means its own text.
 from __future__ import annotations
 
 import ast
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -33,6 +34,7 @@ class Use:
     values: Mapping[str, Value]
     is_path: bool = False
     mark: Mark | None = field(default=None, compare=False)
+    places: Mapping[str, Mark] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class _Parser:
 
     def mark(self, column: int) -> Mark:
         """Return the place of a column; inside a file, that of the expression."""
-        return self.at or Mark(f"<{self.text.strip()}>", 1, column)
+        return self.at or Mark(f"<{textwrap.shorten(self.text, 60)}>", 1, column)
 
     def fail(self, node: ast.expr, message: str) -> SpecError:
         return SpecError(message, mark=self.mark(node.col_offset + 1))
@@ -97,14 +99,20 @@ class _Parser:
             case ast.Constant(value=str() as path):
                 return Use(path, {}, is_path=True, mark=place)
             case ast.Call(func=ast.Name(id=name), args=[], keywords=keywords):
-                return Use(name, self.values(keywords), mark=place)
+                return self.use(name, keywords, place, is_path=False)
             case ast.Call(func=ast.Constant(value=str() as path), args=[], keywords=keywords):
-                return Use(path, self.values(keywords), is_path=True, mark=place)
+                return self.use(path, keywords, place, is_path=True)
             case ast.Call(func=ast.Name(id=name), args=positional, keywords=keywords):
                 return self.coupling(name, positional, keywords, place)
             case _:
                 raise self.fail(node, f"{ast.unparse(node)!r} is no technique; write a name, "
                                 "name(parameter=value), coupling(technique, ...) or 'path.yaml'")
+
+    def use(self, name: str, keywords: list[ast.keyword], place: Mark, *, is_path: bool) -> Use:
+        pairs = self.pairs(keywords)
+        values = {key: self.value(node) for key, node in pairs.items()}
+        places = {key: self.mark(node.col_offset + 1) for key, node in pairs.items()}
+        return Use(name, values, is_path, place, places)
 
     def coupling(self, name: str, positional: list[ast.expr], keywords: list[ast.keyword],
                  place: Mark) -> Coupled:
@@ -113,10 +121,12 @@ class _Parser:
                 raise self.fail(argument, f"{name} takes values by name: {name}(parameter="
                                 f"{argument.value!r}); only techniques are positional")
         terms = tuple(term for argument in positional for term in self.terms(argument))
-        return Coupled(name, terms, self.values(keywords), mark=place)
+        values = {key: self.value(node) for key, node in self.pairs(keywords).items()}
+        return Coupled(name, terms, values, mark=place)
 
-    def values(self, keywords: list[ast.keyword]) -> dict[str, Value]:
-        values: dict[str, Value] = {}
+    def pairs(self, keywords: list[ast.keyword]) -> dict[str, ast.expr]:
+        """Return the nodes of ``name=value`` and ``**{'name': value}`` by name."""
+        values: dict[str, ast.expr] = {}
         for keyword in keywords:
             pairs = [(keyword.arg, keyword.value)]
             if keyword.arg is None:
@@ -124,7 +134,7 @@ class _Parser:
             for name, node in pairs:
                 if name is None or name in values:
                     raise self.fail(node, f"parameter {name!r} is given twice")
-                values[name] = self.value(node)
+                values[name] = node
         return values
 
     def spread(self, node: ast.expr) -> list[tuple[str | None, ast.expr]]:

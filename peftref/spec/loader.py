@@ -188,8 +188,7 @@ def _message(model: type[BaseModel], problem: Any, place: str) -> str:  # noqa: 
     if problem["type"] == "extra_forbidden":
         owner = _model_at(model, problem["loc"][:-1])
         fields = [f.alias or key for key, f in owner.model_fields.items() if not f.exclude]
-        where = f" in {place}" if place else ""
-        return unknown_name("field", name, fields) + where
+        return unknown_name(f"field in {place}" if place else "field", name, fields)
     if problem["type"] == "missing":
         return f"field {name!r} is missing" + (f" in {place}" if place else "")
     message = problem["msg"].removeprefix("Value error, ")
@@ -237,7 +236,7 @@ def to_text(data: object) -> str:
     """Return ``data``, made of plain containers, as YAML text."""
     writer = YAML(typ="safe", pure=True)
     writer.default_flow_style = None
-    writer.sort_base_mapping_type_on_output = False
+    writer.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
     writer.width = 100
     buffer = io.StringIO()
     writer.dump(data, buffer)

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from peftref.spec.base import Frozen, Scalar
+from peftref.spec.selector import is_site_pattern, layers_of
 
 __all__ = ["Parameter", "ParameterValue"]
 
@@ -52,9 +53,12 @@ class Parameter(Frozen):
             raise ValueError("'log' needs a 'range' of positive numbers")
         if (self.choices is not None) != (self.type == "choice"):
             raise ValueError("'choices' goes with type 'choice', and only with it")
-        for value in (self.default, *(self.search or ())):
-            if value is not None:
+        proposals = [("search", value) for value in self.search or ()]
+        for place, value in [("default", self.default), *proposals]:
+            try:
                 self.checked(value)
+            except ValueError as error:
+                raise ValueError(f"{place!r} {error}") from error
         return self
 
     def checked(self, value: object) -> ParameterValue:
@@ -94,10 +98,13 @@ class Parameter(Frozen):
                 return value
             case "float", int() | float() if math.isfinite(value):
                 return float(value)
-            case "layers", list() | tuple():
-                plain = [item for item in value if type(item) is int]
-                return tuple(plain) if plain and len(plain) == len(value) else None
-            case "text" | "site" | "technique" | "layers", str() if value or self.type == "text":
+            case "layers", list() | tuple() | str():
+                return layers_of(value)
+            case "site", str():
+                return value if is_site_pattern(value) else None
+            case "technique", str() if value.strip():
+                return value
+            case "text", str():
                 return value
             case _:
                 return None

@@ -10,12 +10,33 @@ from pydantic import model_validator
 from peftref.spec.base import Frozen
 from peftref.spec.typology import Port
 
-__all__ = ["SiteSelector"]
+__all__ = ["SiteSelector", "is_site_pattern", "layers_of"]
 
 _NAME = r"[a-z0-9_*]+\??"
 _PART = rf"(?:{_NAME}|\{{{_NAME}(?:,{_NAME})*\}}\??)"
 _ROLES = re.compile(rf"{_PART}(?:\.{_PART})*")
 _SLICE = re.compile(r"-?\d*:-?\d*(?::-?[1-9]\d*)?")
+
+
+def is_site_pattern(text: str) -> bool:
+    """Whether ``text`` is a role pattern or ``module:`` and a regular expression."""
+    if not text.startswith("module:"):
+        return _ROLES.fullmatch(text) is not None
+    try:
+        re.compile(text.removeprefix("module:"))
+    except re.error:
+        return False
+    return True
+
+
+def layers_of(value: object) -> str | tuple[int, ...] | None:
+    """Return a choice of layers as ``"all"``, a slice or indices; None where it is none."""
+    if isinstance(value, str):
+        return value if value == "all" or _SLICE.fullmatch(value) else None
+    if not isinstance(value, list | tuple):
+        return None
+    plain = [item for item in value if type(item) is int]
+    return tuple(plain) if plain and len(plain) == len(value) else None
 
 
 class SiteSelector(Frozen):
@@ -47,16 +68,12 @@ class SiteSelector(Frozen):
     def _means_something(self) -> Self:
         if (self.select is None) == (self.module is None):
             raise ValueError("a site needs exactly one of 'select' (roles) and 'module' (regex)")
-        if self.select is not None and not _ROLES.fullmatch(self.select):
+        if self.select is not None and not is_site_pattern(self.select):
             raise ValueError(f"{self.select!r} is no site pattern: names joined by dots, with "
                              "{a,b}, * and ?, such as 'attention.{query,value}'")
-        if self.module is not None:
-            try:
-                re.compile(self.module)
-            except re.error as error:
-                raise ValueError(f"{self.module!r} is no regular expression: {error}") from error
-        named = isinstance(self.layers, str) and self.layers != "all"
-        if named and not _SLICE.fullmatch(str(self.layers)) or self.layers == ():
+        if self.module is not None and not is_site_pattern(f"module:{self.module}"):
+            raise ValueError(f"{self.module!r} is no regular expression")
+        if layers_of(self.layers) is None:
             raise ValueError(f"layers are 'all', a list of indices or a slice such as '0:6:2', "
                              f"not {self.layers!r}")
         return self

@@ -62,7 +62,7 @@ class Template:
         kind, name = _kind_and_name(document)
         for key in document.value:
             if key not in KINDS[kind]:
-                message = unknown_name("field", key, KINDS[kind]) + f" in a {kind}"
+                message = unknown_name(f"field of a {kind}", key, KINDS[kind])
                 raise SpecError(message, mark=document.keys.get(key))
         declared = document.value.get("parameters", Node({}))
         if not declared.is_mapping:
@@ -147,7 +147,7 @@ class Template:
 
 
 def _kind_and_name(document: Node) -> tuple[Kind, str]:
-    found = [kind for kind in KINDS if kind in document.value]
+    found: list[Kind] = [kind for kind in KINDS if kind in document.value]
     if len(found) != 1:
         raise SpecError("a file has exactly one of the fields 'technique', 'composition', "
                         f"'macro'; found {', '.join(found) or 'none'}", mark=document.mark)
