@@ -6,12 +6,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
 from scipy import stats
 
 from peftref.search.record import Record, best_of_kind
+from peftref.search.settings import SearchRun
 
-__all__ = ["Confirmed", "finalists", "mean_interval", "verdict"]
+__all__ = [
+    "Confirmed", "confirm_seeds", "confirmation", "finalists", "mean_interval", "read_confirmed",
+    "verdict",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,29 @@ def finalists(records: Iterable[Record]) -> list[Record]:
     ranked = [record for record in best_of_kind(records) if record.kind != "floor"]
     chosen = [*ranked[:2], *best_of_kind(ranked, "single")[:1], *best_of_kind(ranked, "hybrid")[:1]]
     return list({record.key: record for record in chosen}.values())
+
+
+def confirm_seeds(run: SearchRun) -> list[int]:
+    """Return the seeds of confirmation, none of which the search used."""
+    return [run.seed + 1 + turn for turn in range(run.search.confirm_seeds)]
+
+
+def confirmation(record: Record, seed: int) -> str:
+    """Return the name of a finalist's training on a fresh seed."""
+    return f"confirm-{record.key}-{seed}"
+
+
+def read_confirmed(
+    run: SearchRun, records: Iterable[Record], noted: Mapping[str, Any]
+) -> list[Confirmed]:
+    """Return the finalists with the scores that fresh seeds gave so far."""
+    confirmed: list[Confirmed] = []
+    for record in finalists(records):
+        names = {seed: confirmation(record, seed) for seed in confirm_seeds(run)}
+        found = {seed: noted[name] for seed, name in names.items() if name in noted}
+        scores = {seed: float(data["score"]) for seed, data in found.items() if data["ok"]}
+        confirmed.append(Confirmed(record, scores))
+    return confirmed
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:

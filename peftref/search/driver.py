@@ -19,7 +19,7 @@ from typing import Any
 
 from peftref.errors import SearchError
 from peftref.search.clock import Clock
-from peftref.search.confirm import Confirmed, finalists
+from peftref.search.confirm import confirm_seeds, confirmation, finalists, read_confirmed
 from peftref.search.executors import Executor
 from peftref.search.folder import RunFolder
 from peftref.search.jobs import Event, Job
@@ -166,7 +166,8 @@ class Driver:
 
     def _best(self) -> tuple[Record, Path, int]:
         """Return the winner, the folder of its best training by validation, and that seed."""
-        confirmed = read_confirmed(self._run, self._study)
+        records = self._study.records.values()
+        confirmed = read_confirmed(self._run, records, self._study.noted())
         # A mean of fewer seeds is more often lucky: those with most seeds go first.
         winner = max(confirmed, key=lambda c: (len(c.scores), c.mean))
         record = winner.record
@@ -281,25 +282,3 @@ class Driver:
     def _label(self, job: Job) -> str:
         seed = "" if job.seed == self._run.seed else f", seed {job.seed}"
         return f"{job.composition or 'task head only'}{seed}"
-
-
-def confirm_seeds(run: SearchRun) -> list[int]:
-    """Return the seeds of confirmation, none of which the search used."""
-    return [run.seed + 1 + turn for turn in range(run.search.confirm_seeds)]
-
-
-def confirmation(record: Record, seed: int) -> str:
-    """Return the name of a finalist's training on a fresh seed."""
-    return f"confirm-{record.key}-{seed}"
-
-
-def read_confirmed(run: SearchRun, study: Study) -> list[Confirmed]:
-    """Return the finalists with the scores that fresh seeds gave so far."""
-    noted = study.noted()
-    confirmed: list[Confirmed] = []
-    for record in finalists(study.records.values()):
-        names = {seed: confirmation(record, seed) for seed in confirm_seeds(run)}
-        found = {seed: noted[name] for seed, name in names.items() if name in noted}
-        scores = {seed: data["score"] for seed, data in found.items() if data["ok"]}
-        confirmed.append(Confirmed(record, scores))
-    return confirmed

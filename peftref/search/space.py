@@ -182,8 +182,7 @@ class Space:
 
         Uniform points of the flat box almost all have ``max_members`` techniques.
         """
-        most = min(self.max_members, len(self.options))
-        count = random_.randint(min(2, most), most)
+        count = random_.randint(min(2, self.most_members), self.most_members)
         picked = random_.sample(self.options, count)
         levels = {option.name: random_.randrange(option.levels) for option in picked}
         choices: dict[str, Value] = {"layers": random_.choice(self.layers)[0]}
@@ -194,6 +193,11 @@ class Space:
                 index = random_.randrange(len(dim.values))
                 choices[f"{option.name}.{dim.name}"] = _coded(dim, index)
         return self.point(levels, encoding, choices)
+
+    @property
+    def most_members(self) -> int:
+        """Members of the largest candidate."""
+        return min(self.max_members, len(self.options))
 
     @property
     def _middle_rate(self) -> float:

@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 
 from peftref.errors import SearchError
 from peftref.search.record import Record
-from peftref.search.space import Candidate, Encoding, Space
+from peftref.search.space import Candidate, Encoding, Space, Value
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -29,6 +29,7 @@ __all__ = ["Rules", "Screen", "Screened", "Study"]
 _GP_TRIALS = 250  # a Gaussian process beats TPE up to here; its cost grows with the cube
 _START_HYBRIDS = 6  # random hybrids before the sampler is asked
 _RUNNING_TOO = "an equal candidate is being trained"
+_REPEATS = 3  # proposals in a row that may be refused before one is drawn
 _PATIENCE = 200  # draws without a new feasible candidate before the space counts as exhausted
 
 
@@ -117,7 +118,10 @@ class Study:
         """
         for draw in range(_PATIENCE):
             if self._wants_draw(draw):
-                self._study.enqueue_trial(self._space.draw(self._random, self._encoding))
+                point = self._unseen_point()
+                if point is None:
+                    return None
+                self._study.enqueue_trial(point)
             trial = self._study.ask()
             candidate = self._space.suggest(trial, self._encoding)
             record = self._judge(trial, candidate, now)
@@ -151,7 +155,17 @@ class Study:
             return False
         known = self.records.values()
         hybrids = sum(r.kind == "hybrid" and r.outcome != "duplicate" for r in known)
-        return draw >= 3 or hybrids < _START_HYBRIDS
+        start = _START_HYBRIDS if self._space.most_members > 1 else 0
+        return draw >= _REPEATS or hybrids < start
+
+    def _unseen_point(self) -> dict[str, Value] | None:
+        """Draw a candidate that was never proposed; None: there seems to be none left."""
+        seen = {r.key for r in self.records.values() if r.outcome != "interrupted"}
+        for _ in range(_PATIENCE):
+            point = self._space.draw(self._random, self._encoding)
+            if self._space.decode(point).key not in seen:
+                return point
+        return None
 
     def _judge(self, trial: optuna.Trial, candidate: Candidate, now: float) -> Record:
         record = Record(
@@ -189,21 +203,25 @@ class Study:
         return None
 
     def _tell(self, record: Record, trial: optuna.Trial | None = None) -> Record:
-        """Store the record, then close the trial.
+        """Store the record, then close the trial."""
+        trial = trial or self._asked.pop(record.number)
+        self.records[record.number] = record
+        trial.set_user_attr("record", asdict(record))
+        self._close(record, trial)
+        return record
+
+    def _close(self, record: Record, trial: optuna.Trial | int) -> None:
+        """Tell the sampler.
 
         A training that failed or is forbidden is told as complete with the worst score: a
         Gaussian process never sees a pruned trial and would propose it again. Nothing but the
         sampler reads these values.
         """
-        trial = trial or self._asked.pop(record.number)
-        self.records[record.number] = record
-        trial.set_user_attr("record", asdict(record))
         if record.error == _RUNNING_TOO:
             self._study.tell(trial, state=TrialState.FAIL)
-            return record
+            return
         score = record.score if record.score is not None else self._worst()
         self._study.tell(trial, [score, math.log10(max(record.parameters, 1))])
-        return record
 
     def _worst(self) -> float:
         scores = [r.score for r in self.records.values() if r.score is not None]
@@ -212,10 +230,13 @@ class Study:
     def _close_zombies(self) -> None:
         """Give back what an earlier driver left running: the run folder's lock is ours now."""
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            known = self.records.get(trial.number)
+            if known is not None and known.outcome != "running":
+                self._close(known, trial.number)  # killed between storing and telling
+                continue
             self._study.tell(trial.number, state=TrialState.FAIL)
             if trial.params:
                 self._study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
-            known = self.records.get(trial.number)
             if known is not None:
                 self.records[trial.number] = replace(known, outcome="interrupted")
 
