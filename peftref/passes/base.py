@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from peftref.errors import PeftRefError
+from pydantic import ValidationError
+
+from peftref.errors import PeftRefError, SpecError
 from peftref.ir.graph import AdapterGraph
+from peftref.spec.technique import ProcedureSpec
 
-__all__ = ["Library", "Pass", "PassRecord", "Pipeline"]
+__all__ = ["Library", "Pass", "PassRecord", "Pipeline", "make_procedure"]
 
 
 class Library(Protocol):
@@ -19,9 +22,41 @@ class Library(Protocol):
         """The primitive class of that name."""
         ...
 
-    def coupling(self, name: str) -> object:
+    def coupling(self, name: str) -> Any:  # noqa: ANN401 - an entry of an open registry
         """The coupling of that name."""
         ...
+
+    def procedure(self, name: str) -> Any:  # noqa: ANN401 - an entry of an open registry
+        """The procedure of that name."""
+        ...
+
+
+class ProcedureFacts(Protocol):
+    """What a plan tells of a procedure."""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it must see batches before the first step."""
+        ...
+
+
+def make_procedure(spec: ProcedureSpec, library: Library) -> ProcedureFacts:
+    """Return the procedure that a spec names, with its arguments checked.
+
+    Raises:
+        SpecError: the name or an argument is not known.
+    """
+    kind = library.procedure(spec.name)
+    try:
+        return kind(kind.Arguments(**spec.arguments))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise SpecError(
+            f"procedure {spec.name}: argument {where!r}: {first['msg']} "
+            f"(found {first['input']!r}); valid: {', '.join(kind.Arguments.model_fields)}",
+            mark=spec.mark,
+        ) from None
 
 
 class Pass(Protocol):

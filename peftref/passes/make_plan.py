@@ -14,13 +14,13 @@ from peftref.ir.plan import (
     Step,
 )
 from peftref.ir.types import OperationNode, ReadNode, Stage, TensorNode, WriteNode
-from peftref.passes.base import PassRecord
+from peftref.passes.base import Library, PassRecord, make_procedure
 from peftref.passes.check_rules import overlap
 
 __all__ = ["is_low_rank", "make_plan"]
 
 
-def make_plan(graph: AdapterGraph, records: list[PassRecord]) -> Plan:
+def make_plan(graph: AdapterGraph, records: list[PassRecord], library: Library) -> Plan:
     """Return the plan of a graph that went through all passes."""
     modules: dict[str, list[EditPlan]] = {}
     tensors: dict[str, PlannedTensor] = {}
@@ -37,7 +37,7 @@ def make_plan(graph: AdapterGraph, records: list[PassRecord]) -> Plan:
         modules=planned,
         tensors=tuple(tensors.values()),
         procedures=tuple(graph.procedures),
-        properties=_properties(graph, planned),
+        properties=_properties(graph, planned, library),
         servable=_servable(planned),
         records=tuple(records),
         graph=graph,
@@ -116,7 +116,9 @@ def _commute(first: EditPlan, second: EditPlan) -> bool:
     return all(a is not None and a.diagonal for a in algebras)
 
 
-def _properties(graph: AdapterGraph, modules: tuple[ModulePlan, ...]) -> Properties:
+def _properties(
+    graph: AdapterGraph, modules: tuple[ModulePlan, ...], library: Library
+) -> Properties:
     edits = [edit for module in modules for edit in module.edits]
     blockers = tuple(reason for module in modules for reason in module.blockers)
     algebras = [edit.write.algebra for edit in edits if edit.write.algebra is not None]
@@ -126,8 +128,7 @@ def _properties(graph: AdapterGraph, modules: tuple[ModulePlan, ...]) -> Propert
         blockers=blockers,
         mixes_tokens=any(a.mixes_tokens for a in algebras),
         needs_token_mask=any(a.per_sample for a in algebras),
-        needs_data=any(p.name == "prune" and p.arguments.get("criterion") == "snip"
-                       for p in graph.procedures),
+        needs_data=any(make_procedure(p, library).needs_data for p in graph.procedures),
         order_notes=tuple(note for module in modules for note in module.notes),
     )
 

@@ -10,7 +10,7 @@ from peftref.errors import CompositionError
 from peftref.ir.graph import AdapterGraph
 from peftref.ir.types import FunctionNode, ReadNode, WriteNode
 from peftref.spec.technique import ModuleSpec
-from peftref.spec.typology import InsertionForm, Port
+from peftref.spec.typology import InsertionForm, IntegrationKind, Port
 
 __all__ = ["ResolveSites"]
 
@@ -31,6 +31,8 @@ class ResolveSites:
             inserted = 0
             for index, module in enumerate(member.technique.modules):
                 for site in select(graph.table, module.site):
+                    if self._is_target_prompt(graph, module, site):
+                        continue
                     self._insert(graph, member.name, module, site, (rank, index))
                     inserted += 1
             if not inserted:
@@ -41,6 +43,13 @@ class ResolveSites:
                 )
             count += inserted
         return f"{count} insertions"
+
+    @staticmethod
+    def _is_target_prompt(graph: AdapterGraph, module: ModuleSpec, site: Site) -> bool:
+        """A prompt goes in front of the input, which an encoder-decoder reads in the encoder."""
+        joins = module.interaction.integration.kind is IntegrationKind.CONCAT
+        target = site.stack == "decoder" and len(graph.table.layers) > 1
+        return joins and site.kind is SiteKind.EMBEDDING and target
 
     def _insert(
         self,

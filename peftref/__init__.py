@@ -1,0 +1,42 @@
+"""Parameter-efficient fine-tuning techniques, composed, compiled and searched.
+
+    spec    = peftref.load("lora(rank=8) + prefix_tuning")
+    plan    = peftref.compile(spec, model)
+    adapted = peftref.attach(model, plan)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peftref.adapted import Adapted
+    from peftref.compiler import attach, compile  # noqa: A004
+    from peftref.errors import PeftRefError
+    from peftref.ir.plan import Plan
+    from peftref.spec import load
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Adapted": "peftref.adapted",
+    "PeftRefError": "peftref.errors",
+    "Plan": "peftref.ir.plan",
+    "attach": "peftref.compiler",
+    "compile": "peftref.compiler",
+    "load": "peftref.spec",
+}
+
+__all__ = ["Adapted", "PeftRefError", "Plan", "attach", "compile", "load"]
+
+
+def __getattr__(name: str) -> object:
+    # Lazy, so that reading specs does not import torch.
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'peftref' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

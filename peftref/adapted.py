@@ -1,0 +1,311 @@
+"""The handle of an attached adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftref.errors import ArtifactError, BackboneError, TrainingError
+from peftref.ir.plan import Plan
+from peftref.lowering.attach import Attachment, detach_plan, refresh, root_state
+from peftref.lowering.merge import merge_modules, unmerge_modules
+from peftref.lowering.root import RootState
+from peftref.lowering.state import CHILD
+from peftref.lowering.swap import state_of
+from peftref.procedures.base import Procedure
+from peftref.registry import procedures
+
+__all__ = ["Adapted"]
+
+
+class Adapted:
+    """An adapter on a model: train, merge, save, detach.
+
+    Attributes:
+        model: the very model that was given to ``attach``.
+        plan: what was applied.
+        name: the adapter's name.
+        handled: whether a trainer says that it calls the procedures.
+    """
+
+    def __init__(self, model: nn.Module, attachment: Attachment) -> None:
+        self.model = model
+        self.plan: Plan = attachment.plan
+        self.name = attachment.name
+        self.handled = False
+        self._attachment: Attachment | None = attachment
+        self._prepared: set[int] = set()
+        self.procedures: tuple[Procedure[Any], ...] = tuple(
+            _procedure(spec.name, spec.arguments) for spec in attachment.plan.procedures
+        )
+        root = self._root()
+        root.guard.checks[self.name] = self._check
+        root.handles[self.name] = self
+
+    # --- tensors -------------------------------------------------------------------------
+
+    def tensors(self, members: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """Adapter tensors by full name, of the named members or of all."""
+        attachment = self._attached()
+        found: dict[str, Tensor] = {}
+        for tensor in self.plan.tensors:
+            if members and tensor.member not in members:
+                continue
+            path, local = attachment.tensors[tensor.name]
+            state = state_of(attachment.modules[path]) if path else self._root()
+            found[tensor.name] = state.tree(self.name).fetcher(local)()
+        return found
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trained tensors of the adapter by full name."""
+        return {
+            name: tensor
+            for name, tensor in self.tensors().items()
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        }
+
+    @property
+    def head(self) -> dict[str, nn.Parameter]:
+        """Trained tensors of the task head by full name."""
+        heads = self.plan.table.head_modules
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if any(name.startswith(f"{head}.") or name == head for head in heads)
+            and f".{CHILD}." not in f".{name}"
+            and parameter.requires_grad
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Trained tensors and masks by full name; frozen random tensors are made from seeds."""
+        stored = {t.name for t in self.plan.tensors if t.spec.trainable or t.spec.buffer}
+        return {name: t.detach() for name, t in self.tensors().items() if name in stored}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take tensors back; strict both ways.
+
+        Raises:
+            ArtifactError: a tensor is missing, unknown or of another shape.
+        """
+        own = self.state_dict()
+        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or extra:
+            raise ArtifactError(
+                f"{len(missing)} adapter tensors are missing and {len(extra)} unknown; first "
+                f"missing: {missing[:1] or 'none'}, first unknown: {extra[:1] or 'none'}"
+            )
+        for name, tensor in state.items():
+            if tensor.shape != own[name].shape:
+                raise ArtifactError(
+                    f"{name}: shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+                )
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                if name in state:
+                    tensor.copy_(state[name])
+        self._prepared = set(range(len(self.procedures)))
+
+    def parameter_groups(
+        self, lr: float | None = None, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Return groups for an optimiser.
+
+        Every member trains at ``lr`` or, without it, at its spec's cited rate, times the ratios
+        that the spec gives (LoRA+); the head at the highest of those rates' base.
+
+        Raises:
+            TrainingError: no rate is given and a spec has none.
+        """
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        trainable = self.trainable
+        members = {t.name: t.member for t in self.plan.tensors}
+        rates = {m.name: self._rate(m.name, lr) for m in self.plan.composition.members}
+        for name, parameter in trainable.items():
+            ratio, decay = self._group(members[name], name, weight_decay)
+            groups.setdefault((rates[members[name]] * ratio, decay), []).append(parameter)
+        head = list(self.head.values())
+        if head:
+            groups.setdefault((max(rates.values()), weight_decay), []).extend(head)
+        return [
+            {"params": parameters, "lr": rate, "weight_decay": decay}
+            for (rate, decay), parameters in groups.items()
+        ]
+
+    def _rate(self, member: str, lr: float | None) -> float:
+        if lr is not None:
+            return lr
+        for candidate in self.plan.composition.members:
+            if candidate.name == member and candidate.technique.learning_rate is not None:
+                return candidate.technique.learning_rate.default
+        raise TrainingError(f"{member}: its spec gives no learning rate; pass lr")
+
+    def _group(self, member: str, name: str, weight_decay: float) -> tuple[float, float]:
+        for candidate in self.plan.composition.members:
+            if candidate.name != member:
+                continue
+            for group in candidate.technique.optimiser_groups:
+                if fnmatchcase(name, f"*{group.match}"):
+                    decay = group.weight_decay
+                    return group.ratio, weight_decay if decay is None else decay
+        return 1.0, weight_decay
+
+    # --- procedures ----------------------------------------------------------------------
+
+    def setup_without_data(self) -> None:
+        """Run the set-up of procedures that need no data."""
+        for index, procedure in enumerate(self.procedures):
+            if not procedure.needs_data:
+                procedure.setup(self, (), _no_forward)
+                self._prepared.add(index)
+
+    def prepare(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Run the set-up of procedures that must see data (SNIP), once.
+
+        Args:
+            batches: mappings of tensors on the model's device, with labels.
+        """
+        held = list(batches) if any(p.needs_data for p in self.procedures) else []
+        training = self.model.training
+        self.model.eval()
+        root = self._root()
+        checks, root.guard.checks = root.guard.checks, {}
+        try:
+            for index, procedure in enumerate(self.procedures):
+                if index not in self._prepared:
+                    procedure.setup(self, held, lambda batch: self.model(**batch).loss)
+                    self._prepared.add(index)
+        finally:
+            root.guard.checks = checks
+            self.model.train(training)
+
+    def _check(self, model: nn.Module) -> None:
+        """Before a forward: nothing was replaced, and no procedure is lost in training."""
+        self.verify()
+        if not model.training or not torch.is_grad_enabled():
+            return
+        for index, procedure in enumerate(self.procedures):
+            if index not in self._prepared:
+                raise TrainingError(
+                    f"{procedure.name}: needs data before the first step; call "
+                    "adapted.prepare(batches), or train with peftref"
+                )
+            if procedure.required and procedure.per_step and not self.handled:
+                raise TrainingError(
+                    f"{procedure.name}: this trainer does not call it, so another technique "
+                    "would be trained; use peftref.trainer(YourTrainer), or set "
+                    "adapted.handled = True if your loop calls adapted.procedures"
+                )
+
+    def verify(self) -> None:
+        """Check that every adapted module is still in the model.
+
+        Raises:
+            BackboneError: a module was replaced after attach, and its adapter with it.
+        """
+        for path, module in self._attached().modules.items():
+            try:
+                found = self.model.get_submodule(path)
+            except AttributeError:
+                found = None
+            if found is not module:
+                raise BackboneError(
+                    f"{path}: was replaced after attach, so its adapter has no effect; detach "
+                    "before changing modules, then attach again"
+                )
+
+    # --- active, merged, detached -----------------------------------------------------------
+
+    @contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """Within this context the model is the backbone."""
+        states = [state_of(module) for module in self._attached().modules.values()]
+        held = [state.adapters[self.name] for state in states]
+        before = [edits.active for edits in held]
+        carriers = [self.name in state.carriers for state in states]
+        self._activate(states, held, [False] * len(held), [False] * len(held))
+        try:
+            yield self.model
+        finally:
+            self._activate(states, held, before, carriers)
+
+    def _activate(
+        self, states: list[Any], held: list[Any], active: list[bool], carriers: list[bool]
+    ) -> None:
+        for state, edits, on, carries in zip(states, held, active, carriers, strict=True):
+            edits.active = on
+            (state.carriers.add if carries else state.carriers.discard)(self.name)
+            state.changed()
+        refresh(self.model)
+
+    def merge(self, *, partial: bool = False) -> tuple[str, ...]:
+        """Fold the adapter into the backbone's weights.
+
+        Args:
+            partial: fold what can be folded and keep the rest running.
+
+        Returns:
+            What could not be folded, with reasons; empty without ``partial``.
+
+        Raises:
+            MergeError: something cannot be folded and ``partial`` is not set.
+        """
+        self.verify()
+        return merge_modules(self.model, self._attached(), partial=partial)
+
+    def unmerge(self) -> None:
+        """Undo ``merge`` bit for bit, from kept copies."""
+        unmerge_modules(self.model, self._attached())
+
+    def detach(self) -> nn.Module:
+        """Remove the adapter; the backbone is bit for bit what it was. Returns the model."""
+        attachment = self._attached()
+        unmerge_modules(self.model, attachment)
+        root = root_state(self.model)
+        if root is not None:
+            root.guard.checks.pop(self.name, None)
+            root.handles.pop(self.name, None)
+        detach_plan(self.model, attachment)
+        self._attachment = None
+        return self.model
+
+    def save(self, path: str | Path, **metadata: Any) -> Path:  # noqa: ANN401 - JSON values
+        """Write an artifact folder: ``peftref.json`` and ``adapter_model.safetensors``.
+
+        Args:
+            path: folder, made or replaced as a whole.
+            metadata: what the caller knows: head, labels, tokenizer, metrics.
+        """
+        from peftref.artifact import write
+
+        self.verify()
+        return write(self, Path(path), metadata)
+
+    def _attached(self) -> Attachment:
+        if self._attachment is None:
+            raise BackboneError(f"adapter {self.name!r} is detached")
+        return self._attachment
+
+    def _root(self) -> RootState:
+        root = root_state(self.model)
+        if root is None:
+            raise BackboneError(f"adapter {self.name!r} is detached")
+        return root
+
+    def __repr__(self) -> str:
+        return f"Adapted({self.name!r}, {self.plan.composition.composition!r})"
+
+
+def _procedure(name: str, arguments: Mapping[str, Any]) -> Procedure[Any]:
+    kind = procedures.get(name)
+    return kind(kind.Arguments(**arguments))
+
+
+def _no_forward(batch: Mapping[str, Any]) -> Tensor:
+    raise TrainingError("this procedure needs no data")

@@ -1,0 +1,97 @@
+"""The public verbs: load, compile, attach, restore."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from peftref.adapted import Adapted
+from peftref.backbone.hf import site_table
+from peftref.backbone.site_table import SiteTable
+from peftref.ir.graph import AdapterGraph
+from peftref.ir.plan import Plan
+from peftref.lowering.attach import attach_plan
+from peftref.passes.base import Pipeline
+from peftref.passes.make_plan import make_plan
+from peftref.passes.pipelines import default_passes
+from peftref.registry import couplings, primitives, procedures
+from peftref.spec import load
+from peftref.spec.composition import CompositionSpec
+from peftref.spec.technique import TechniqueSpec
+
+__all__ = ["attach", "compile", "compile_table", "load"]
+
+Source = str | Mapping[str, Any] | TechniqueSpec | CompositionSpec
+
+
+class _Registries:
+    """The shipped and plugged-in entries, as the passes ask for them."""
+
+    def primitive(self, name: str) -> type:
+        return primitives.get(name)
+
+    def coupling(self, name: str) -> Any:  # noqa: ANN401 - an entry of an open registry
+        return couplings.get(name)
+
+    def procedure(self, name: str) -> Any:  # noqa: ANN401 - an entry of an open registry
+        return procedures.get(name)
+
+
+def compile(spec: Source, model: nn.Module, *, tokens: int = 1024) -> Plan:  # noqa: A001
+    """Compile a technique or composition for a backbone, without touching it.
+
+    Args:
+        spec: name, expression, path, mapping or spec (see ``load``).
+        model: the backbone; it may be on the meta device. What is attached to it already is
+            not seen.
+        tokens: tokens a step, for the choice of lowering.
+
+    Returns:
+        The plan: edits, tensors, properties, costs.
+
+    Raises:
+        SpecError: the spec is wrong.
+        CompositionError: it has no sound meaning.
+        BackboneError: the backbone lacks what it needs.
+    """
+    composition = load(spec)
+    strict = any(m.site.module is None for t in composition.members for m in t.technique.modules)
+    return compile_table(composition, site_table(model, strict=strict), tokens=tokens)
+
+
+def compile_table(composition: CompositionSpec, table: SiteTable, *, tokens: int = 1024) -> Plan:
+    """Compile for a site table; needs no model and no torch."""
+    library = _Registries()
+    graph = AdapterGraph(composition, table)
+    pipeline = Pipeline(default_passes(library, tokens))
+    pipeline.run(graph)
+    return make_plan(graph, pipeline.records, library)
+
+
+def attach(
+    model: nn.Module, plan: Plan | Source, *, name: str = "default", seed: int = 0
+) -> Adapted:
+    """Apply a plan to a model in place.
+
+    The backbone is frozen; task heads stay trainable. Several adapters may be attached under
+    different names; all are active until told otherwise.
+
+    Args:
+        model: a Hugging Face model of the family that the plan was made for.
+        plan: a plan, or anything that ``load`` takes.
+        name: name of the adapter.
+        seed: of the initial values.
+
+    Returns:
+        The handle to train, merge, save and detach.
+
+    Raises:
+        BackboneError: the model cannot take it; nothing is changed then.
+    """
+    if not isinstance(plan, Plan):
+        plan = compile(plan, model)
+    adapted = Adapted(model, attach_plan(model, plan, name, seed))
+    adapted.setup_without_data()
+    return adapted

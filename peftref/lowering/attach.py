@@ -1,0 +1,334 @@
+"""Apply a plan to a model in place, and undo it bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftref.backbone.site_table import SiteKind
+from peftref.errors import BackboneError
+from peftref.ir.plan import EditPlan, Plan, PlannedTensor
+from peftref.ir.types import Stage
+from peftref.lowering.initialise import initial_tensor
+from peftref.lowering.prefix import interface_name, register_interface
+from peftref.lowering.root import RootState, SwappedRoot, root_class
+from peftref.lowering.state import CHILD, AdapterEdits, AdapterState, CallContext
+from peftref.lowering.swap import is_swapped, state_of, swap, unswap
+from peftref.lowering.weight import dense_weight
+
+__all__ = ["Attachment", "attach_plan", "detach_plan", "refresh", "root_state", "swapped_modules"]
+
+
+@dataclass
+class Attachment:
+    """What one adapter changed, as needed to undo it.
+
+    Attributes:
+        name: the adapter's name.
+        plan: its plan.
+        modules: path -> module object at attach; a replaced module is noticed by identity.
+        tensors: full name -> (module path or "" for the root, dotted name in the tree).
+    """
+
+    name: str
+    plan: Plan
+    modules: dict[str, nn.Module] = field(default_factory=dict[str, nn.Module])
+    tensors: dict[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
+
+
+def root_state(model: nn.Module) -> RootState | None:
+    """The root's adapter state, where the model has one."""
+    return getattr(model, CHILD) if isinstance(model, SwappedRoot) else None
+
+
+def attach_plan(model: nn.Module, plan: Plan, name: str, seed: int) -> Attachment:
+    """Swap the modules that the plan names and give them their tensors.
+
+    Raises:
+        BackboneError: the model cannot take the plan; nothing is changed then.
+    """
+    root = root_state(model)
+    if "." in name or not name or name.startswith("_"):
+        raise BackboneError(f"adapter name {name!r}: must be non-empty, without dots")
+    if root is not None and name in root.adapters:
+        raise BackboneError(f"an adapter named {name!r} is attached already; give another name")
+    attachment = Attachment(name, plan)
+    first = root is None
+    root = _swap_root(model) if root is None else root
+    try:
+        _attach(model, root, attachment, seed)
+    except BaseException:
+        detach_plan(model, attachment)
+        raise
+    if first:
+        _freeze(model, root, attachment)
+    return attachment
+
+
+def _attach(model: nn.Module, root: RootState, attachment: Attachment, seed: int) -> None:
+    plan, name = attachment.plan, attachment.name
+    root.adapters[name] = AdapterEdits((), ())
+    for module_plan in plan.modules:
+        _swap_module(model, root, attachment, module_plan.path, module_plan.edits)
+    for tensor in plan.tensors:
+        _create(model, root, attachment, tensor, seed)
+    for module_plan in plan.modules:
+        module = attachment.modules[module_plan.path]
+        sources = tuple(
+            tuple(_source(attachment, t) for t in edit.program.tensors)
+            for edit in module_plan.edits
+        )
+        state_of(module).adapters[name] = AdapterEdits(module_plan.edits, sources)
+        state_of(module).changed()
+    _switch_attention(model, root, attachment)
+    _hide_from_save(model)
+    _carry_masks(model, root, attachment)
+    stacks = plan.table.layers
+    root.guard.after = 1 if "decoder" not in stacks else 0
+    refresh(model)
+
+
+def _source(attachment: Attachment, tensor: str) -> tuple[bool, str]:
+    path, local = attachment.tensors[tensor]
+    return not path, local
+
+
+def _swap_root(model: nn.Module) -> RootState:
+    if CHILD in model._modules:
+        raise BackboneError("the model's own class was swapped by hand; detach it first")
+    state = RootState(CallContext())
+    model.add_module(CHILD, state)
+    state.train(model.training)
+    model.__class__ = root_class(type(model))
+    state.guard.encoder_decoder = bool(
+        getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    )
+    return state
+
+
+def _swap_module(
+    model: nn.Module,
+    root: RootState,
+    attachment: Attachment,
+    path: str,
+    edits: tuple[EditPlan, ...],
+) -> None:
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise BackboneError(f"the model has no module {path!r}; was the plan made for it?") from None
+    if module is model:
+        raise BackboneError("the model itself cannot carry an edit; select modules inside it")
+    substitutes: set[str] = set()
+    for edit in edits:
+        if edit.write.site.kind is not SiteKind.LINEAR:
+            substitutes |= {"weight"} if edit.stage.on_weight else set()
+            substitutes |= {"bias"} if edit.stage is Stage.BIAS else set()
+    state = swap(module, path, root.context, tuple(substitutes))
+    state.__dict__["root"] = root
+    attachment.modules[path] = module
+    for edit in edits:
+        argument = edit.write.site.input
+        if argument is not None and argument.module == path and argument.name:
+            state.argument = argument.name
+        if _needs_carrier(edit):
+            _swap_carrier(model, root, attachment, edit)
+
+
+def _needs_carrier(edit: EditPlan) -> bool:
+    argument = edit.write.site.input
+    outside = argument is not None and argument.module != edit.write.path
+    return outside and edit.stage is Stage.PARALLEL
+
+
+def _swap_carrier(
+    model: nn.Module, root: RootState, attachment: Attachment, edit: EditPlan
+) -> None:
+    """The enclosing module hands the span's input in with its first argument."""
+    argument = edit.write.site.input
+    if argument is None:
+        return
+    carrier = model.get_submodule(argument.module)
+    state = swap(carrier, argument.module, root.context)
+    state.__dict__["root"] = root
+    if state.carries not in (None, argument.name):
+        raise BackboneError(f"{argument.module}: hands in {state.carries!r} already")
+    state.carries = argument.name
+    state.adapters.setdefault(attachment.name, AdapterEdits((), ()))
+    state.carriers.add(attachment.name)
+    state.changed()
+    attachment.modules[argument.module] = carrier
+
+
+def _create(
+    model: nn.Module, root: RootState, attachment: Attachment, tensor: PlannedTensor, seed: int
+) -> None:
+    spec = tensor.spec
+    owner = model.get_submodule(tensor.owner) if tensor.owner else None
+    local = tensor.name.removeprefix(f"{tensor.owner}.") if tensor.owner else tensor.name
+    module = owner if owner is not None else next(iter(attachment.modules.values()))
+    weight: Callable[[], Tensor] | None = None
+    if owner is not None:
+        weight = _frozen_weight(attachment, tensor, owner)
+    reference = _reference(module)
+    value = initial_tensor(spec, tensor.name, seed, weight)
+    value = value.to(reference.dtype).to(reference.device, copy=True)
+    if reference.is_meta:
+        value = value.to("meta")
+    state = root if owner is None else state_of(owner)
+    state.tree(attachment.name).put(
+        local, value, trainable=spec.trainable, buffer=spec.buffer
+    )
+    attachment.tensors[tensor.name] = (tensor.owner, local)
+
+
+def _frozen_weight(
+    attachment: Attachment, tensor: PlannedTensor, module: nn.Module
+) -> Callable[[], Tensor]:
+    def weight() -> Tensor:
+        from peftref.lowering.program import gather_rows
+
+        full = dense_weight(module)
+        for plan in attachment.plan.modules:
+            for edit in plan.edits:
+                if tensor.name in edit.program.tensors:
+                    return gather_rows(full, edit.write.site.rows, 0)
+        return full
+
+    return weight
+
+
+def _reference(module: nn.Module) -> Tensor:
+    """A tensor that tells where adapter tensors belong and of which type; at least float32."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            return torch.empty(0, dtype=dtype, device=parameter.device)
+    return torch.empty(0)
+
+
+def _freeze(model: nn.Module, root: RootState, attachment: Attachment) -> None:
+    """Switch gradients of the backbone off; task heads keep theirs."""
+    heads = attachment.plan.table.head_modules
+    for name, parameter in model.named_parameters():
+        inside_head = any(name == h or name.startswith(f"{h}.") for h in heads)
+        adapter = f".{CHILD}." in f".{name}"
+        if parameter.requires_grad and not inside_head and not adapter:
+            parameter.requires_grad_(False)
+            root.frozen.append(parameter)
+
+
+def _switch_attention(model: nn.Module, root: RootState, attachment: Attachment) -> None:
+    """Use the prefix form of each attention implementation that a prefix meets."""
+    edits = [e for m in attachment.plan.modules for e in m.edits if e.stage is Stage.KEYS_VALUES]
+    if not edits:
+        return
+    configs: dict[int, Any] = {}
+    for edit in edits:
+        module = attachment.modules[edit.write.path]
+        config = getattr(module, "config", None)
+        if config is None:
+            raise BackboneError(f"{edit.write.label}: its attention does not use transformers' "
+                                "attention interface; prefixes cannot be inserted")
+        configs[id(config)] = config
+        register_interface(config._attn_implementation, module)
+    # Stacks of one model may hold copies of the config: all of them build masks by this name.
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation_internal"):
+            configs.setdefault(id(config), config)
+    for config in configs.values():
+        before = config._attn_implementation
+        if before is None or before.startswith("peftref_"):
+            continue
+        register_interface(before, model)
+        root.implementations.append((config, before))
+        config._attn_implementation_internal = interface_name(before)
+
+
+def _carry_masks(model: nn.Module, root: RootState, attachment: Attachment) -> None:
+    """Let each layer hand the padding masks to its own forward, for when it is recomputed."""
+    if not attachment.plan.properties.needs_token_mask:
+        return
+    for site in attachment.plan.table:
+        if site.role == "block" and site.module not in attachment.modules:
+            module = model.get_submodule(site.module)
+            state = swap(module, site.module, root.context)
+            state.__dict__["root"] = root
+            state.adapters.setdefault(attachment.name, AdapterEdits((), ()))
+            attachment.modules[site.module] = module
+        if site.role == "block":
+            state_of(attachment.modules[site.module]).masked_block = True
+
+
+def _hide_from_save(model: nn.Module) -> None:
+    """Keep adapter keys out of a plain ``save_pretrained``."""
+    keys = {k for k in model.state_dict() if f".{CHILD}." in f".{k}"}
+    own = type(model)._keys_to_ignore_on_save if hasattr(model, "_keys_to_ignore_on_save") else None
+    model._keys_to_ignore_on_save = {*(own or ()), *keys}  # pyright: ignore
+
+
+def detach_plan(model: nn.Module, attachment: Attachment) -> None:
+    """Undo ``attach_plan``: classes, keys, ``requires_grad`` and attention as before."""
+    name = attachment.name
+    for path, module in attachment.modules.items():
+        if not is_swapped(module):
+            raise BackboneError(f"{path}: its class changed after attach; undo that first")
+    for path, module in attachment.modules.items():
+        state = state_of(module)
+        state.adapters.pop(name, None)
+        state.carriers.discard(name)
+        state._modules.pop(name, None)
+        state.changed()
+        if not state.adapters:
+            unswap(module, path)
+    root = root_state(model)
+    if root is None:
+        return
+    root.adapters.pop(name, None)
+    root._modules.pop(name, None)
+    refresh(model)
+    if root.adapters:
+        _hide_from_save(model)
+        return
+    for config, before in root.implementations:
+        config._attn_implementation_internal = before
+    for parameter in root.frozen:
+        parameter.requires_grad_(True)
+    model.__dict__.pop("_keys_to_ignore_on_save", None)
+    del model._modules[CHILD]
+    model.__class__ = model.peftref_base  # pyright: ignore
+
+
+def refresh(model: nn.Module) -> None:
+    """Derive from the active edits what the root adds to and checks in every call."""
+    root = root_state(model)
+    if root is None:
+        return
+    guard = root.guard
+    prompt, mask, reasons = 0, False, list[str]()
+    for path, module in swapped_modules(model):
+        for _, edit in state_of(module).bound():
+            algebra = edit.edit.write.algebra
+            if edit.stage is Stage.TOKENS:
+                guard.vocabulary = module.num_embeddings  # pyright: ignore
+                prompt += edit.rows_of_tokens(torch.empty(0)).shape[-2]
+            if algebra is not None and algebra.per_sample:
+                mask = True
+            if algebra is not None and algebra.mixes_tokens:
+                reasons.append(f"{edit.edit.write.member} at {path}")
+    guard.prompt, guard.needs_mask = prompt, mask
+    guard.no_cache = (
+        f"{reasons[0]} depends on all tokens of a row, which cached decoding does not see; "
+        "disable it, or decode without peftref's generate" if reasons else ""
+    )
+
+
+def swapped_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All swapped modules inside the model with their paths."""
+    found = model.named_modules()
+    return [(path, module) for path, module in found if module is not model and is_swapped(module)]

@@ -1,0 +1,254 @@
+"""The meaning of all edits of one module: a left fold, used by forward and merge.
+
+    x1 = input edits of x
+    W1 = add* -> rotate -> normalise of W
+    y1 = W1 x1 + b1 + parallel writes
+    y2 = output edits of y1
+    then the writes of spans that end at this module (a whole sub-layer's parallel and output)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftref.backbone.site_table import SiteKind
+from peftref.ir.types import Stage
+from peftref.lowering.program import BoundEdit, gather_rows, scatter_rows
+from peftref.lowering.weight import dense_weight, is_plain_linear
+from peftref.spec.typology import Port
+
+__all__ = ["Carried", "Fold"]
+
+Base = Callable[..., Any]
+
+
+@dataclass(slots=True)
+class Carried:
+    """The first argument of an enclosing module with another of its arguments, on its way in."""
+
+    value: Tensor
+    read: Tensor
+
+
+class Fold:
+    """The active edits of one module, ready to run.
+
+    Args:
+        module: the backbone module.
+        edits: in the order of the plan, of all active adapters.
+        argument: name of the first parameter of the module's forward.
+        carries: name of the argument that this module hands in to the module it encloses.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        edits: list[BoundEdit],
+        argument: str,
+        carries: str | None = None,
+    ) -> None:
+        self.argument = argument
+        self.carries = carries
+        own = [e for e in edits if not _is_span(e)]
+        self.linear = any(e.edit.write.site.kind is SiteKind.LINEAR for e in own)
+        self.inputs = [e for e in own if e.stage is Stage.INPUT and e.rows is None]
+        self.sliced_inputs = [e for e in own if e.stage is Stage.INPUT and e.rows is not None]
+        weights = [e for e in own if e.stage.on_weight]
+        self.weights = sorted(weights, key=lambda e: e.stage)
+        self.biases = [e for e in own if e.stage is Stage.BIAS]
+        self.parallel = [e for e in own if e.stage is Stage.PARALLEL]
+        self.outputs = [e for e in own if e.stage is Stage.OUTPUT]
+        self.prefixes = [e for e in own if e.stage is Stage.KEYS_VALUES]
+        self.tokens = [e for e in own if e.stage is Stage.TOKENS]
+        self.spans = [e for e in edits if _is_span(e)]
+        self.formed = any(e.edit.formed for e in self.weights)
+
+    def run(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401, E501
+        """Run the module's forward ``base`` with the edits."""
+        if self.carries is not None:
+            args, kwargs = self._carry(args, kwargs)
+        x, rest, kwargs = self._take(args, kwargs)
+        if self.tokens:
+            return self._prompted(module, base, x)
+        carried = None
+        if isinstance(x, Carried):
+            x, carried = x.value, x.read
+        if self.prefixes:
+            from peftref.lowering.prefix import build_prefix
+
+            kwargs["peftref"] = build_prefix(self.prefixes, x)
+
+        def call(stream: Tensor) -> Any:  # noqa: ANN401 - whatever the module returns
+            return base(module, stream, *rest, **kwargs)
+
+        for edit in self.inputs:
+            read = x if edit.edit.write.read is Port.INPUT else _first(self._weighted(module, call, x))
+            x = edit.join(x, edit.stream(read))
+        result = self._weighted(module, call, x)
+        y = _first(result)
+        y = self._after(module, x, y, carried)
+        return _replace_first(result, y)
+
+    def _prompted(self, module: nn.Module, base: Base, ids: Tensor) -> Tensor:
+        """Ids from the vocabulary's size on stand for learned rows."""
+        vocabulary: int = module.num_embeddings  # pyright: ignore[reportAssignmentType]
+        y: Tensor = base(module, ids.clamp(max=vocabulary - 1))
+        rows = torch.cat([edit.rows_of_tokens(y) for edit in self.tokens], -2)
+        virtual = (ids - vocabulary).clamp(min=0)
+        y = torch.where((ids >= vocabulary)[..., None], rows[virtual], y)
+        for edit in self.outputs:
+            y = edit.join(y, edit.stream(y))
+        return y
+
+    def _after(self, module: nn.Module, x: Tensor, y: Tensor, carried: Tensor | None) -> Tensor:
+        if self.sliced_inputs:
+            y = self._slice_inputs(module, x, y)
+        for edit in self.parallel:
+            y = edit.join(y, edit.stream(x))
+        for edit in self.outputs:
+            y = edit.join(y, edit.stream(gather_rows(y, edit.rows)))
+        for edit in self.spans:
+            if edit.stage is Stage.PARALLEL:
+                if carried is None:
+                    raise TypeError(f"{edit.edit.write.label}: the span's input did not arrive")
+                y = edit.join(y, edit.stream(carried))
+            else:
+                y = edit.join(y, edit.stream(y))
+        return y
+
+    def _carry(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Hand the argument that a span reads in with the first one; nothing is kept."""
+        value, rest, kwargs = self._take(args, kwargs)
+        name = self.carries
+        read = kwargs[name] if name in kwargs else rest[0]
+        return (Carried(value, read), *rest), kwargs
+
+    def _take(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return args[0], args[1:], dict(kwargs)
+        kwargs = dict(kwargs)
+        return kwargs.pop(self.argument), (), kwargs
+
+    def _weighted(self, module: nn.Module, call: Callable[[Tensor], Any], x: Tensor) -> Any:  # noqa: ANN401
+        if not self.linear or not (self.weights or self.biases):
+            return call(x)
+        normalises = any(e.stage is Stage.WEIGHT_NORM for e in self.weights)
+        bias = self.bias(module)
+        if self.formed:
+            weight = self.weight(module).to(x.dtype)
+            return torch.nn.functional.linear(x, weight, _as(bias, x))
+        streams: list[Tensor] = []
+        for edit in reversed(self.weights):
+            streams.append(x)
+            if edit.stage is Stage.WEIGHT_ROTATE:
+                x = edit.stream(x)
+        streams.reverse()
+        y, bias = self._start(module, call, x, bias, split_bias=normalises)
+        for index, (edit, stream) in enumerate(zip(self.weights, streams, strict=True)):
+            if edit.stage is Stage.WEIGHT_ADD:
+                y = y + scatter_rows(edit.stream(stream), edit.rows)
+            elif edit.stage is Stage.WEIGHT_NORM:
+                y = y * self._row_scale(module, edit, index).to(y.dtype)
+        return y if bias is None else y + bias
+
+    def _start(
+        self,
+        module: nn.Module,
+        call: Callable[[Tensor], Any],
+        x: Tensor,
+        bias: Tensor | None,
+        *,
+        split_bias: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The frozen product, and the bias that is still to be added."""
+        if not split_bias and not self.biases:
+            return call(x), None
+        if is_plain_linear(module):
+            weight = dense_weight(module)
+            if split_bias:
+                return torch.nn.functional.linear(x, weight), _as(bias, x)
+            return torch.nn.functional.linear(x, weight, _as(bias, x)), None
+        frozen = getattr(module, "bias", None)
+        y = call(x)
+        return (y if frozen is None else y - frozen), _as(bias, x)
+
+    def _row_scale(self, module: nn.Module, edit: BoundEdit, index: int) -> Tensor:
+        """``m / ||W||`` of the weight before this edit; the norm carries no gradient."""
+        with torch.no_grad():
+            weight = gather_rows(self._fold_weight(module, self.weights[:index]), edit.rows, 0)
+        scale = edit.row_scale(weight)
+        return scale if edit.rows is None else 1 + scatter_rows(scale - 1, edit.rows)
+
+    def _slice_inputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """An input edit of one slice is an extra product with the rows of that slice."""
+        weight = self.weight(module).to(x.dtype)
+        for edit in self.sliced_inputs:
+            change = edit.join_whole(x) - x
+            rows = gather_rows(weight, edit.rows, 0)
+            y = y + scatter_rows(torch.nn.functional.linear(change, rows), edit.rows)
+        return y
+
+    def weight(self, module: nn.Module) -> Tensor:
+        """``W1`` (d_out, d_in): the folded weight, formed."""
+        return self._fold_weight(module, self.weights)
+
+    def _fold_weight(self, module: nn.Module, edits: list[BoundEdit]) -> Tensor:
+        weight = dense_weight(module)
+        # An update below half a unit in the last place of a 16-bit weight would be lost.
+        dtype = torch.promote_types(weight.dtype, torch.float32) if edits else weight.dtype
+        weight = weight.to(dtype)
+        for edit in edits:
+            if edit.stage is Stage.WEIGHT_ADD:
+                weight = weight + scatter_rows(edit.matrix(None, dtype), edit.rows, 0)
+                continue
+            rows = gather_rows(weight, edit.rows, 0)
+            if edit.stage is Stage.WEIGHT_ROTATE:
+                new = rows @ edit.matrix(None, dtype)
+            else:
+                new = edit.matrix(rows, dtype)
+            weight = new if edit.rows is None else weight + scatter_rows(new - rows, edit.rows, 0)
+        return weight
+
+    def bias(self, module: nn.Module) -> Tensor | None:
+        """``b1``: the folded bias."""
+        bias: Tensor | None = getattr(module, "bias", None)
+        for edit in self.biases:
+            if bias is None:
+                raise TypeError(f"{edit.edit.write.label}: the module has no bias")
+            bias = bias + scatter_rows(edit.matrix(None, bias.dtype), edit.rows)
+        return bias
+
+    def effective(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of a module that is no linear, with its trained difference."""
+        edits = self.biases if name == "bias" else [
+            e for e in self.weights if e.stage is Stage.WEIGHT_ADD
+        ]
+        for edit in edits:
+            tensor = tensor + edit.matrix(None, tensor.dtype)
+        return tensor
+
+
+def _is_span(edit: BoundEdit) -> bool:
+    argument = edit.edit.write.site.input
+    return argument is not None and argument.module != edit.edit.write.site.module
+
+
+def _as(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(like.dtype)
+
+
+def _first(result: Any) -> Tensor:  # noqa: ANN401 - a tensor, or a tuple that starts with one
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _replace_first(result: Any, y: Tensor) -> Any:  # noqa: ANN401
+    return (y, *result[1:]) if isinstance(result, tuple) else y

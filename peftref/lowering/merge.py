@@ -1,0 +1,188 @@
+"""Fold adapters into weights and biases, and back from kept copies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftref.errors import MergeError
+from peftref.ir.types import Stage
+from peftref.lowering.attach import Attachment, refresh
+from peftref.lowering.fold import Fold
+from peftref.lowering.program import BoundEdit, gather_rows, scatter_rows
+from peftref.lowering.state import AdapterState
+from peftref.lowering.swap import state_of
+from peftref.lowering.weight import dense_weight, is_plain_linear, store_weight
+
+__all__ = ["merge_modules", "unmerge_modules"]
+
+
+@dataclass
+class Kept:
+    """What a module had before merging."""
+
+    parameters: dict[str, nn.Parameter | None]
+    untied: bool = False
+    tie_word_embeddings: bool | None = None
+
+
+def merge_modules(
+    model: nn.Module, attachment: Attachment, *, partial: bool
+) -> tuple[str, ...]:
+    """Merge all modules of an adapter; see ``Adapted.merge``."""
+    blockers = attachment.plan.properties.blockers
+    if blockers and not partial:
+        shown = "; ".join(blockers[:3])
+        more = f"; and {len(blockers) - 3} more" if len(blockers) > 3 else ""
+        raise MergeError(
+            f"{len(blockers)} edits cannot be folded into weights: {shown}{more}. Merge what can "
+            "be with partial=True, or keep the adapter attached"
+        )
+    paths = [m.path for m in attachment.plan.modules]
+    for path in paths:
+        _refuse(path, attachment.modules[path], attachment.name)
+    left: list[str] = []
+    with torch.no_grad():
+        for path in paths:
+            left.extend(_merge_module(model, path, attachment))
+    refresh(model)
+    return tuple(left)
+
+
+def _refuse(path: str, module: nn.Module, name: str) -> None:
+    state = state_of(module)
+    weights = [e for n, e in state.bound(name) if e.stage.on_weight or e.stage is Stage.INPUT]
+    linear = any(e.edit.write.site.kind.value == "linear" for e in weights)
+    if linear and not is_plain_linear(module):
+        raise MergeError(
+            f"{path}: a {type(module).__name__} with a quantised or foreign weight cannot take a "
+            "merge exactly; load the backbone unquantised to merge"
+        )
+    others = [n for n, held in state.adapters.items() if n != name and held.edits and held.active]
+    if others:
+        raise MergeError(
+            f"{path}: adapter {others[0]!r} edits this module too, and the order of the two would "
+            f"change; disable or detach {others[0]!r}, or merge it first"
+        )
+
+
+def _merge_module(model: nn.Module, path: str, attachment: Attachment) -> list[str]:
+    module = attachment.modules[path]
+    state = state_of(module)
+    held = state.adapters[attachment.name]
+    if held.merged:
+        return []
+    bound = [edit for _, edit in state.bound(attachment.name)]
+    chosen, left = _prefix_of_fold(bound)
+    if not chosen:
+        return left
+    weight, bias = _folded(module, state, chosen)
+    kept = Kept({"weight": module._parameters.get("weight"), "bias": module._parameters.get("bias")})
+    if weight is not None:
+        _untie(model, module, kept)
+        _put(module, "weight", weight)
+    if bias is not None:
+        _put(module, "bias", bias)
+    state.__dict__.setdefault("kept", {})[attachment.name] = kept
+    done = {id(edit.edit) for edit in chosen}
+    held.merged = frozenset(i for i, e in enumerate(held.edits) if id(e) in done)
+    state.changed()
+    return left
+
+
+def _prefix_of_fold(bound: list[BoundEdit]) -> tuple[list[BoundEdit], list[str]]:
+    """Split into what can be merged and reasons for the rest.
+
+    Input edits merge from the last one back, as nothing may stand between them and the weight;
+    output edits from the first one on, and only when no parallel write comes before them.
+    """
+    by_stage: dict[Stage, list[BoundEdit]] = {}
+    for edit in bound:
+        by_stage.setdefault(edit.stage, []).append(edit)
+    chosen = [e for e in bound if e.stage.on_weight or e.stage is Stage.BIAS]
+    reads_input = bool(by_stage.get(Stage.PARALLEL))
+    for edit in reversed(by_stage.get(Stage.INPUT, [])):
+        if not edit.edit.mergeable or reads_input:
+            break
+        chosen.append(edit)
+    if not by_stage.get(Stage.PARALLEL):
+        for edit in by_stage.get(Stage.OUTPUT, []):
+            if not edit.edit.mergeable:
+                break
+            chosen.append(edit)
+    taken = {id(edit) for edit in chosen}
+    left = [f"{e.edit.write.label} stays" for e in bound if id(e) not in taken]
+    return [e for e in bound if id(e) in taken], left
+
+
+def _folded(
+    module: nn.Module, state: AdapterState, chosen: list[BoundEdit]
+) -> tuple[Tensor | None, Tensor | None]:
+    fold = Fold(module, chosen, state.argument)
+    if not fold.linear:
+        own = {n: module._parameters.get(n) for n in ("weight", "bias")}
+        names = {"weight"} if fold.weights else set[str]()
+        names |= {"bias"} if fold.biases else set()
+        new = {n: fold.effective(n, p) for n, p in own.items() if p is not None and n in names}
+        return new.get("weight"), new.get("bias")
+    touches = fold.weights or fold.inputs or fold.outputs
+    # In the type of the weight's own arithmetic but never below float32: rounding once.
+    wide = torch.promote_types(dense_weight(module).dtype, torch.float32)
+    weight = fold.weight(module).to(wide)
+    bias = fold.bias(module)
+    bias = None if bias is None else bias.to(wide)
+    for edit in fold.inputs:
+        weight = weight @ edit.matrix(None, wide)
+    for edit in fold.outputs:
+        rows = gather_rows(weight, edit.rows, 0)
+        new = edit.matrix(rows, wide)
+        weight = new if edit.rows is None else weight + scatter_rows(new - rows, edit.rows, 0)
+        if bias is not None:
+            part = gather_rows(bias, edit.rows)
+            moved = edit.matrix(part[:, None], wide)[:, 0]
+            whole = edit.rows is None
+            bias = moved if whole else bias + scatter_rows(moved - part, edit.rows)
+    changed = bool(fold.biases or fold.outputs)
+    return (
+        store_weight(module, weight) if touches else None,
+        bias.to(module.bias.dtype) if bias is not None and changed else None,  # pyright: ignore
+    )
+
+
+def _put(module: nn.Module, name: str, value: Tensor) -> None:
+    module._parameters[name] = nn.Parameter(value.detach().clone(), requires_grad=False)
+
+
+def _untie(model: nn.Module, module: nn.Module, kept: Kept) -> None:
+    """A tied head gets a weight of its own, else the embedding would change with it."""
+    weight = module._parameters.get("weight")
+    others = [
+        other
+        for other in model.modules()
+        if other is not module and other._parameters.get("weight") is weight
+    ]
+    config = getattr(model, "config", None)
+    if others and config is not None and getattr(config, "tie_word_embeddings", False):
+        kept.tie_word_embeddings = True
+        config.tie_word_embeddings = False
+    kept.untied = bool(others)
+
+
+def unmerge_modules(model: nn.Module, attachment: Attachment) -> None:
+    """Put the kept parameters back."""
+    for path in (m.path for m in attachment.plan.modules):
+        module = attachment.modules[path]
+        state = state_of(module)
+        kept: Kept | None = state.__dict__.get("kept", {}).pop(attachment.name, None)
+        if kept is None:
+            continue
+        for name, parameter in kept.parameters.items():
+            if name in module._parameters:
+                module._parameters[name] = parameter
+        if kept.tie_word_embeddings:
+            model.config.tie_word_embeddings = True  # pyright: ignore
+        state.adapters[attachment.name].merged = frozenset()
+        state.changed()
+    refresh(model)

@@ -1,0 +1,151 @@
+"""Prefixes enter attention through transformers' attention interface.
+
+A prefix is handed as the keyword ``peftref`` of the attention call, so that no state outlives it:
+a recomputed forward, a compiled one and one row of a batch see their own prefix.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from peftref.errors import BackboneError
+from peftref.lowering.program import BoundEdit
+from peftref.lowering.swap import original_class
+
+__all__ = ["Prefix", "build_prefix", "interface_name", "register_interface"]
+
+_PREFIX = "peftref_"
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(slots=True)
+class Prefix:
+    """Key and value rows that every query sees: (batch or 1, key-value heads, rows, width)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def build_prefix(edits: list[BoundEdit], x: Tensor) -> Prefix:
+    """Return the rows of all prefix edits of one attention module, side by side.
+
+    Args:
+        edits: edits of port ``keys_values``; each gives (rows, 2 x heads x width), gated ones
+            (batch, rows, ...).
+        x: the input of attention (batch, tokens, d), read by gates.
+    """
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    for edit in edits:
+        shape = edit.edit.write.site.attention
+        if shape is None:
+            raise TypeError(f"{edit.edit.write.label}: not an attention site")
+        rows = edit.rows_of_tokens(x)
+        rows = rows[None] if rows.dim() == 2 else rows
+        heads = rows.unflatten(-1, (2, shape.key_value_heads, shape.head_width))
+        key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        keys.append(key)
+        values.append(value)
+    batch = max(key.shape[0] for key in keys)
+    return Prefix(
+        torch.cat([k.expand(batch, -1, -1, -1) for k in keys], 2),
+        torch.cat([v.expand(batch, -1, -1, -1) for v in values], 2),
+    )
+
+
+def interface_name(base: str) -> str:
+    """Name under which the prefix form of a base implementation is registered."""
+    return base if base.startswith(_PREFIX) else _PREFIX + base
+
+
+def register_interface(base: str, attention: nn.Module) -> str:
+    """Register the prefix form of implementation ``base``; return its name.
+
+    The mask function goes with it: under a name that transformers does not know for masks it
+    would build none, and the padding mask would be lost without a word.
+
+    Raises:
+        BackboneError: the implementation takes no prefix.
+    """
+    if base.startswith(_PREFIX):
+        return base
+    if "flash" in base or "flex" in base:
+        raise BackboneError(
+            f"attention implementation {base!r} takes no prefix; load the backbone with "
+            "attn_implementation='sdpa' or 'eager'"
+        )
+    name = interface_name(base)
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(name, _prefixed(base))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name
+
+
+def _base_attention(base: str, module: nn.Module) -> Attention:
+    if base == "eager":
+        # The plain form is a function of the model's own file, not in the registry.
+        return sys.modules[original_class(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[base]
+
+
+def _prefixed(base: str) -> Attention:
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        peftref: Prefix | None = None,
+        **kwargs: Any,  # noqa: ANN401 - transformers' own keywords
+    ) -> tuple[Tensor, Tensor | None]:
+        attention = _base_attention(base, module)
+        if peftref is None:
+            return attention(module, query, key, value, attention_mask, **kwargs)
+        return _attend(attention, peftref, (module, query, key, value, attention_mask), kwargs)
+
+    return attend
+
+
+def _attend(
+    attention: Attention,
+    prefix: Prefix,
+    call: tuple[nn.Module, Tensor, Tensor, Tensor, Tensor | None],
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    module, query, key, value, mask = call
+    rows, queries = prefix.keys.shape[2], query.shape[2]
+    if kwargs.get("position_bias") is not None:
+        kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (rows, 0))
+    if mask is not None:
+        visible = True if mask.dtype == torch.bool else 0.0
+        mask = nn.functional.pad(mask, (rows, 0), value=visible)
+    elif queries > 1 and _is_causal(module, kwargs):
+        # Without a mask sdpa takes the causal one as upper left, or crops the keys: both wrong
+        # beside a prefix, hence a mask in full.
+        key, value = key[:, :, :queries], value[:, :, :queries]
+        mask = torch.ones(queries, queries + rows, dtype=torch.bool, device=query.device)
+        mask = mask.tril(rows)[None, None]
+        if attention.__name__ == "eager_attention_forward":
+            mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+    batch = key.shape[0]
+    keys = prefix.keys.to(key.dtype).expand(batch, -1, -1, -1)
+    values = prefix.values.to(value.dtype).expand(batch, -1, -1, -1)
+    if attention.__name__ != "eager_attention_forward":
+        kwargs["is_causal"] = False
+    else:
+        kwargs.pop("is_causal", None)
+    key, value = torch.cat((keys, key), 2), torch.cat((values, value), 2)
+    return attention(module, query, key, value, mask, **kwargs)
+
+
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    given = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)

@@ -1,0 +1,135 @@
+"""Run the flat program of an edit, on the stream or on matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from peftref.backbone.site_table import RowSlice
+from peftref.ir.plan import EditPlan
+from peftref.spec.typology import IntegrationKind
+
+if TYPE_CHECKING:
+    from peftref.ir.primitive import Operation, Runtime
+
+__all__ = ["BoundEdit", "gather_rows", "scatter_rows"]
+
+
+def gather_rows(value: Tensor, rows: RowSlice | None, dim: int = -1) -> Tensor:
+    """Take the rows of a slice along ``dim``."""
+    if rows is None:
+        return value
+    dim = dim % value.dim()
+    parts = value.unflatten(dim, (rows.groups, rows.size))
+    return parts.narrow(dim + 1, rows.start, rows.length).flatten(dim, dim + 1)
+
+
+def scatter_rows(value: Tensor, rows: RowSlice | None, dim: int = -1) -> Tensor:
+    """Put the rows of a slice at their place along ``dim``, zeros elsewhere."""
+    if rows is None:
+        return value
+    dim = dim % value.dim()
+    parts = value.unflatten(dim, (rows.groups, rows.length))
+    after = rows.size - rows.start - rows.length
+    trailing = value.dim() - 1 - dim
+    padding = [0, 0] * trailing + [rows.start, after]
+    return torch.nn.functional.pad(parts, padding).flatten(dim, dim + 1)
+
+
+class BoundEdit:
+    """An edit with torch forms and tensors at hand.
+
+    Args:
+        edit: the plan of the edit.
+        runtime: training flag and padding mask of the running call.
+        fetch: returns the current tensor of a name (never held, so that a replaced parameter is
+            seen).
+        scale: what the adapter as a whole is scaled by.
+    """
+
+    def __init__(
+        self,
+        edit: EditPlan,
+        runtime: Runtime,
+        fetch: tuple[Callable[[], Tensor], ...],
+        scale: float = 1.0,
+    ) -> None:
+        self.edit = edit
+        self.stage = edit.stage
+        self.kind = edit.write.kind
+        self.rows = edit.write.site.rows
+        self.scale = (edit.write.scale if edit.write.scale is not None else 1.0) * scale
+        self._fetch = fetch
+        self._result = edit.program.result
+        self._inputs = tuple(step.inputs for step in edit.program.steps)
+        steps = edit.program.steps
+        algebra = edit.write.algebra
+        self._stream: tuple[Operation, ...] = tuple(s.primitive.bind(runtime) for s in steps)
+        self._matrix: tuple[Operation, ...] = ()
+        if algebra is not None and algebra.matrix:
+            self._matrix = tuple(
+                s.primitive.bind(runtime)
+                if s.primitive.on_tensors
+                else s.primitive.bind_matrix(runtime)
+                for s in steps
+            )
+
+    def stream(self, x: Tensor) -> Tensor:
+        """``s f(x)``: the activation form, scaled where the integration adds."""
+        value = self._run(self._stream, x, x.dtype)
+        return value if self.scale == 1.0 else value * self.scale
+
+    def rows_of_tokens(self, like: Tensor) -> Tensor:
+        """The learned rows of a source, in the type of ``like``; ``like`` feeds gates."""
+        return self.stream(like)
+
+    def matrix(self, before: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """``s M``: the matrix form, of the identity or of the weight ``before``."""
+        value = self._run(self._matrix, before, dtype)
+        return value if self.scale == 1.0 else value * self.scale
+
+    def row_scale(self, weight: Tensor) -> Tensor:
+        """What a normalisation multiplies each row of ``weight`` by."""
+        return self._run(self._stream, weight, weight.dtype)
+
+    def _run(
+        self, forms: tuple[Operation, ...], first: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        registers: list[Tensor | None] = [first]
+        for fetch in self._fetch:
+            tensor = fetch()
+            cast = tensor.dtype != dtype and tensor.is_floating_point()
+            registers.append(tensor.to(dtype) if cast else tensor)
+        for form, inputs in zip(forms, self._inputs, strict=True):
+            registers.append(form(*[registers[i] for i in inputs]))
+        result = registers[self._result]
+        if result is None:
+            raise TypeError(f"{self.edit.write.label}: the program gave nothing")
+        return result
+
+    def join_whole(self, x: Tensor) -> Tensor:
+        """The sequential edit of a whole stream, as if no slice were selected."""
+        value = self.stream(x)
+        adds = self.kind in (
+            IntegrationKind.ADD,
+            IntegrationKind.SCALED_ADD,
+            IntegrationKind.GATED_ADD,
+        )
+        return x + value if adds else value
+
+    def join(self, stream: Tensor, value: Tensor) -> Tensor:
+        """Join ``value`` to ``stream`` by the integration kind."""
+        if self.kind in (
+            IntegrationKind.ADD,
+            IntegrationKind.SCALED_ADD,
+            IntegrationKind.GATED_ADD,
+        ):
+            return stream + scatter_rows(value, self.rows)
+        if self.kind is IntegrationKind.RESCALE and self.edit.write.insertion.value == "parallel":
+            value = gather_rows(stream, self.rows) * value
+        if self.rows is None:
+            return value
+        return stream + scatter_rows(value - gather_rows(stream, self.rows), self.rows)

@@ -1,0 +1,134 @@
+"""What a swapped module carries: adapter tensors, and the edits that are active."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftref.errors import BackboneError
+from peftref.ir.plan import EditPlan
+from peftref.lowering.fold import Fold
+from peftref.lowering.program import BoundEdit
+
+__all__ = ["CHILD", "AdapterState", "CallContext", "TensorTree"]
+
+CHILD = "peftref"
+"""Name of the one child that a swapped module gets; all adapter keys lie under it."""
+
+
+class TensorTree(nn.Module):
+    """Raw parameters and buffers under dotted names.
+
+    Raw, because a backbone's ``_init_weights`` would draw anew what lies in a Linear.
+    """
+
+    def put(self, name: str, tensor: Tensor, *, trainable: bool, buffer: bool) -> None:
+        """Register a tensor under a dotted name."""
+        tree: nn.Module = self
+        *folders, leaf = name.split(".")
+        for folder in folders:
+            if folder not in tree._modules:
+                tree.add_module(folder, TensorTree())
+            tree = tree._modules[folder]  # pyright: ignore[reportAssignmentType]
+        if buffer:
+            tree.register_buffer(leaf, tensor)
+        else:
+            tree.register_parameter(leaf, nn.Parameter(tensor, requires_grad=trainable))
+
+    def fetcher(self, name: str) -> Callable[[], Tensor]:
+        """Return a function that gives the tensor of that name as it is now."""
+        *folders, leaf = name.split(".")
+        tree: nn.Module = self
+        for folder in folders:
+            tree = tree._modules[folder]  # pyright: ignore[reportAssignmentType]
+        return lambda: getattr(tree, leaf)
+
+
+@dataclass
+class CallContext:
+    """What belongs to the running forward call of one model: padding masks by stack."""
+
+    masks: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+@dataclass
+class AdapterEdits:
+    """The edits that one adapter has in one module, and whether they take part."""
+
+    edits: tuple[EditPlan, ...]
+    sources: tuple[tuple[tuple[bool, str], ...], ...]  # per edit, per tensor: (shared, name)
+    active: bool = True
+    merged: frozenset[int] = frozenset()
+    scale: float = 1.0
+
+
+class AdapterState(nn.Module):
+    """The child of a swapped module. Children of its own: one ``TensorTree`` per adapter."""
+
+    def __init__(self, context: CallContext, argument: str) -> None:
+        super().__init__()
+        self.context = context
+        self.argument = argument
+        self.adapters: dict[str, AdapterEdits] = {}
+        self.carries: str | None = None
+        self.carriers: set[str] = set()
+        self.masked_block = False
+        self._fold: Fold | None = None
+        self._stale = True
+        # The owner of shared tensors is registered on the root only: here it must be no child.
+        self.__dict__["root"] = None
+
+    def forward(self) -> None:
+        """A container; the swapped module runs its fold."""
+        raise TypeError("the adapter state is no layer")
+
+    def token_mask(self, stack: str) -> Tensor | None:
+        """The padding mask of the running call."""
+        return self.context.masks.get(stack)
+
+    def tree(self, adapter: str) -> TensorTree:
+        """The tensors of one adapter, made on first use."""
+        if adapter not in self._modules:
+            if hasattr(self, adapter):
+                raise BackboneError(f"{adapter!r} cannot be an adapter's name; choose another one")
+            self.add_module(adapter, TensorTree())
+        return self._modules[adapter]  # pyright: ignore[reportReturnType]
+
+    def changed(self) -> None:
+        """Let the next forward bind the edits anew."""
+        self._stale = True
+        self._fold = None
+
+    def fold(self, module: nn.Module) -> Fold | None:
+        """The active edits, bound; None when there is nothing to do."""
+        if self._stale:
+            bound = [edit for _, edit in self.bound()]
+            carries = self.carries if self.carriers else None
+            self._fold = (
+                Fold(module, bound, self.argument, carries) if bound or carries else None
+            )
+            self._stale = False
+        return self._fold
+
+    def bound(self, only: str | None = None) -> Iterator[tuple[str, BoundEdit]]:
+        """Bind the edits that take part, in order of the adapters."""
+        for name, held in self.adapters.items():
+            if not held.active or (only is not None and name != only):
+                continue
+            for index, edit in enumerate(held.edits):
+                if index not in held.merged:
+                    yield name, self._bind(name, held, index, edit)
+
+    def _bind(self, name: str, held: AdapterEdits, index: int, edit: EditPlan) -> BoundEdit:
+        fetch = tuple(
+            (self.__dict__["root"] if shared else self).tree(name).fetcher(tensor)
+            for shared, tensor in held.sources[index]
+        )
+        return BoundEdit(edit, self, fetch, held.scale)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Bound forms are closures over this very object: a copy must bind its own.
+        return {**self.__dict__, "_fold": None, "_stale": True}

@@ -1,0 +1,41 @@
+"""Weights of linear modules, whatever stores them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["dense_weight", "is_plain_linear", "is_transposed", "store_weight"]
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is stored (d_in, d_out)."""
+    return isinstance(module, Conv1D)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the module is ``x W^T + b`` with an ordinary weight, and nothing else."""
+    for base in type(module).__mro__:
+        if base in (nn.Linear, Conv1D):
+            return type(module.weight.data) in (Tensor, nn.Parameter)
+        if "forward" in base.__dict__ and not getattr(base, "peftref_swapped", False):
+            return False
+    return False
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight as an ordinary (d_out, d_in) tensor, dequantised where it must be."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        weight = module.weight
+    if hasattr(weight, "dequantize") and type(weight.data) is not Tensor:
+        weight = weight.dequantize()
+    return weight.mT if is_transposed(module) else weight
+
+
+def store_weight(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return ``weight`` (d_out, d_in) laid out and typed as the module stores it."""
+    stored = module._parameters["weight"]
+    laid = weight.mT if is_transposed(module) else weight
+    return laid.to(stored.dtype).contiguous() if isinstance(stored, torch.Tensor) else laid
