@@ -26,15 +26,14 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from peftref.backbone.pattern import expand_braces
 from peftref.errors import SpecError
 from peftref.spec.base import Frozen
+from peftref.spec.loader import parse_yaml, read_yaml, validated
 
 __all__ = ["Family", "Place", "Role", "RowRule", "SpanInput", "Stack", "choose", "expand",
            "families", "read_family"]
@@ -44,6 +43,20 @@ RowRule = Literal["halves", "thirds", "gqa", "head_interleaved", "grouped", "mul
 OTHERWISE = "otherwise"
 WORKSPACES = ("attention", "cross_attention", "embedding", "experts", "ffn", "norm", "pooler",
               "router")
+
+
+def _role(key: str) -> str:
+    try:
+        names = expand_braces(key.removesuffix("?"))
+    except SpecError as error:
+        raise ValueError(str(error)) from error
+    for name in names:
+        if name.split(".")[0] not in WORKSPACES or not all(name.split(".")):
+            raise ValueError(f"a role begins with one of {', '.join(WORKSPACES)}, not {name!r}")
+    return key
+
+
+RoleName = Annotated[str, AfterValidator(_role)]
 
 
 class SpanInput(Frozen):
@@ -81,6 +94,16 @@ class Place(Frozen):
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("module")
+    @classmethod
+    def _braces_pair(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            for path in value:
+                expand_braces(path)
+        except SpecError as error:
+            raise ValueError(str(error)) from error
+        return value
 
 
 class Role(Frozen):
@@ -131,21 +154,19 @@ class Stack(Frozen):
     """
 
     layers: str
-    before: Mapping[str, Place] = Field(default_factory=dict)
-    layer: Mapping[str, Place]
-    after: Mapping[str, Place] = Field(default_factory=dict)
+    before: Mapping[RoleName, Place] = Field(default_factory=dict)
+    layer: Mapping[RoleName, Place]
+    after: Mapping[RoleName, Place] = Field(default_factory=dict)
     heads: str = "num_attention_heads"
     key_value_heads: str | int | Mapping[str, str | int] | None = None
     head_width: str | None = None
 
     @model_validator(mode="after")
-    def _roles_are_known_and_once(self) -> Self:
-        names = [role.name for part in (self.before, self.layer, self.after)
+    def _roles_are_given_once(self) -> Self:
+        roles = [role.name for part in (self.before, self.layer, self.after)
                  for role in expand(part)]
-        for name in names:
-            if name.split(".")[0] not in WORKSPACES or not all(name.split(".")):
-                raise ValueError(f"role {name!r} must begin with one of {', '.join(WORKSPACES)}")
-            if names.count(name) > 1:
+        for name in roles:
+            if roles.count(name) > 1:
                 raise ValueError(f"role {name!r} is given twice")
         return self
 
@@ -168,11 +189,7 @@ def read_family(path: str | Path) -> Family:
     Raises:
         SpecError: the file cannot be read or is no valid row.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise SpecError(f"Cannot read the site file {str(path)!r}: {error.strerror}") from error
-    return _parse(text, str(path))
+    return validated(Family, read_yaml(Path(path)))
 
 
 @cache
@@ -181,19 +198,6 @@ def families() -> Mapping[str, Family]:
     rows: dict[str, Family] = {}
     for file in sorted(files("peftref.backbone").joinpath("families").iterdir(), key=str):
         if file.name.endswith(".yaml"):
-            row = _parse(file.read_text(encoding="utf-8"), file.name)
+            row = validated(Family, parse_yaml(file.read_text(encoding="utf-8"), file.name))
             rows.update(dict.fromkeys(row.families, row))
     return rows
-
-
-def _parse(text: str, source: str) -> Family:
-    try:
-        data = YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise SpecError(f"{source}: not valid YAML: {error}") from error
-    try:
-        return Family.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = " / ".join(str(part) for part in first["loc"]) or "top level"
-        raise SpecError(f"{source}: {where}: {first['msg']}") from error

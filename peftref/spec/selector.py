@@ -15,7 +15,7 @@ __all__ = ["SiteSelector", "is_site_pattern", "layers_of"]
 _NAME = r"[a-z0-9_*]+\??"
 _PART = rf"(?:{_NAME}|\{{{_NAME}(?:,{_NAME})*\}}\??)"
 _ROLES = re.compile(rf"{_PART}(?:\.{_PART})*")
-_SLICE = re.compile(r"-?\d*:-?\d*(?::-?[1-9]\d*)?")
+_SLICE = re.compile(r"(?:-?\d+)?:(?:-?\d+)?(?::-?[1-9]\d*)?")
 
 
 def is_site_pattern(text: str) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -40,7 +41,7 @@ FAILURES = (OSError, ValueError, KeyError, RuntimeError, ImportError, Safetensor
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from printing warnings and progress bars meanwhile."""
+    """Keep transformers from printing warnings and its own progress bars meanwhile."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -95,8 +96,10 @@ def load_backbone(
     gguf = _gguf(source)
     _refuse_pickle(Path(source))
     format_ = {"gguf_file": gguf.name} if gguf else {"use_safetensors": True}
+    # The bar of the GGUF reader goes to standard error whatever the logging settings say.
+    bar = redirect_stderr(io.StringIO()) if gguf else nullcontext()
     try:
-        with quiet():
+        with quiet(), bar:
             model, info = auto.from_pretrained(
                 str(source), config=config, dtype=dtype, output_loading_info=True,
                 ignore_mismatched_sizes=True, **format_)

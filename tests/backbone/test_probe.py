@@ -1,0 +1,197 @@
+"""Every role is the place that it says: changed there, seen exactly where it must be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel, OPTConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from peftref.backbone.family import read_family
+from peftref.backbone.hf import site_table
+from peftref.backbone.site_table import Site, SiteKind, SiteTable
+from tests.backbone.observe import forward, perturbed, read_ports
+from tests.backbone.tiny import FAMILIES, inputs, tiny
+
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    **{family: (family, {}) for family in FAMILIES},
+    "gpt_neox-serial": ("gpt_neox", {"use_parallel_residual": False}),
+    "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "t5-gated": ("t5", {"feed_forward_proj": "gated-gelu"}),
+}
+OPT_ROW = """
+families: [opt]
+norms: {do_layer_norm_before: pre, otherwise: post}
+stacks:
+  decoder:
+    layers: decoder.layers
+    before: {embedding.tokens: decoder.embed_tokens}
+    layer:
+      norm.attention: self_attn_layer_norm
+      "attention.{query,key,value,output}": "self_attn.{q_proj,k_proj,v_proj,out_proj}"
+      attention: {module: self_attn, input: {argument: hidden_states}}
+      norm.ffn: final_layer_norm
+      "ffn.{up,down}": "{fc1,fc2}"
+    after: {norm.final?: decoder.final_layer_norm}
+"""
+
+
+@contextmanager
+def attended(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, tuple[Tensor, ...]]]:
+    """Collect query, key and value by the identity of the module that attends."""
+    seen: dict[int, tuple[Tensor, ...]] = {}
+    real = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def spy(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen[id(module)] = (q.clone(), k.clone(), v.clone())
+        return real(module, q, k, v, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", spy)
+        yield seen
+
+
+def probe_rows(model: PreTrainedModel, table: SiteTable, batch: dict[str, Tensor],
+               monkeypatch: pytest.MonkeyPatch) -> int:
+    """Change each attention role in turn; return how many were probed."""
+    spans = {(s.stack, s.layer, s.role): s for s in table if s.kind is SiteKind.ATTENTION}
+    probed = 0
+    with attended(monkeypatch) as seen:
+        forward(model, batch)
+        before = dict(seen)
+        for site in table:
+            span = spans.get((site.stack, site.layer, site.role.rpartition(".")[0]))
+            if span is None or site.kind is not SiteKind.LINEAR:
+                continue
+            shape = span.attention
+            assert shape is not None
+            assert shape.interface is not None
+            interface = id(model.get_submodule(shape.interface))
+            q, k, v = before[interface]
+            assert (q.shape[1], k.shape[1], v.shape[1]) == (
+                shape.heads, shape.key_value_heads, shape.key_value_heads)
+            assert q.shape[3] == shape.head_width
+            with perturbed(model, site):
+                forward(model, batch)
+            changed = [tuple((new != old).any(0).any(1).flatten().tolist())
+                       for new, old in zip(seen[interface], before[interface], strict=True)]
+            part = ("query", "key", "value", "output").index(site.role.rpartition(".")[2])
+            for i, columns in enumerate(changed):
+                assert all(columns) if i == part else not any(columns), (site.label, i)
+            probed += 1
+    return probed
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_exactly_the_named_part_of_the_attention_changes(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, changes = VARIANTS[variant]
+    model = tiny(family, **changes)
+    attentions = 6 if family == "t5" else 2
+    assert probe_rows(model, site_table(model), inputs(family), monkeypatch) == 4 * attentions
+
+
+def test_a_row_of_the_user_reads_a_family_that_no_built_in_row_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "opt.yaml").write_text(OPT_ROW)
+    torch.manual_seed(0)
+    model = AutoModel.from_config(OPTConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48,
+        max_position_embeddings=64, word_embed_proj_dim=32)).eval()
+    table = site_table(model, read_family(tmp_path / "opt.yaml"))
+    assert table.family == "opt"
+    assert table.pre_norm
+    assert probe_rows(model, table, inputs("llama"), monkeypatch) == 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_causal_says_whether_a_token_sees_what_follows(family: str) -> None:
+    model, batch = tiny(family), inputs(family)
+    table = site_table(model)
+    for stack in table.layers:
+        key = "decoder_input_ids" if (family, stack) == ("t5", "decoder") else "input_ids"
+        last = [s for s in table if s.role == "block" and s.stack == stack][-1:]
+        plain = read_ports(model, last, batch)[last[0].label][1]
+        ids = batch[key].clone()
+        ids[:, -1] += 1
+        ids[:, -1] %= 97
+        other = read_ports(model, last, {**batch, key: ids})[last[0].label][1]
+        sees = bool((plain[:, 0] != other[:, 0]).any())
+        spans = [s.attention for s in table if s.role == "attention" and s.stack == stack]
+        assert {span.causal for span in spans if span} == {not sees}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ffn_roles_change_the_ffn_alone_and_up_is_the_linear_branch(variant: str) -> None:
+    family, changes = VARIANTS[variant]
+    model, batch = tiny(family, **changes), inputs(family)
+    table = site_table(model)
+    layer0 = [s for s in table if s.layer == 0]
+    spans = [s for s in layer0 if s.role in ("ffn", "attention")]
+    before = read_ports(model, spans, batch)
+    for site in layer0:
+        if not site.role.startswith("ffn."):
+            continue
+        own = f"{site.stack}.0.ffn"
+        with perturbed(model, site):
+            after = read_ports(model, spans, batch)
+        assert not torch.equal(after[own][1], before[own][1])
+        assert torch.equal(after[own][0], before[own][0])
+        if any(s.role == "ffn.gate" for s in layer0):
+            doubled = _scaled_ffn(model, site, spans, batch)[own][1]
+            bias = getattr(_module(model, layer0, site.stack, "ffn.down"), "bias", None)
+            rest = 0.0 if bias is None else bias.detach()
+            linear = torch.allclose(doubled - rest, 2 * (before[own][1] - rest), atol=1e-4)
+            assert linear == (site.role == "ffn.up" or (site.role == "ffn.down")), site.label
+
+
+def _module(model: PreTrainedModel, sites: list[Site], stack: str, role: str) -> Any:
+    path = next(s.module for s in sites if (s.stack, s.role) == (stack, role))
+    return model.get_submodule(path)
+
+
+def _scaled_ffn(model: PreTrainedModel, site: Site, spans: list[Site], batch: dict[str, Tensor]
+                ) -> dict[str, tuple[Tensor, Tensor]]:
+    """Read the spans while the linear of ``site`` puts out twice its product (and bias)."""
+    module = model.get_submodule(site.module)
+    down = site.role == "ffn.down"
+    with torch.no_grad():
+        module.weight.mul_(2)
+        if module.bias is not None and not down:
+            module.bias.mul_(2)
+        ports = read_ports(model, spans, batch)
+        module.weight.div_(2)
+        if module.bias is not None and not down:
+            module.bias.div_(2)
+    return ports
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_embeddings_and_pooler_reach_the_output_and_widths_are_real(family: str) -> None:
+    model, batch = tiny(family), inputs(family)
+    table = site_table(model)
+    with torch.no_grad():
+        before = [part.clone() for part in model(**batch).values() if isinstance(part, Tensor)]
+    ports = read_ports(model, [s for s in table if s.role != "embedding.tokens"], batch)
+    norms = 0
+    for site in table:
+        if site.label in ports:
+            read, write = ports[site.label]
+            whole = write.shape[-1] if site.rows is None else site.rows.rows
+            assert (read.shape[-1], whole) == (site.d_in, site.d_out), site.label
+        if site.role.startswith(("norm.", "embedding.", "pooler")):
+            with perturbed(model, site), torch.no_grad():
+                after = [p for p in model(**batch).values() if isinstance(p, Tensor)]
+            pairs = zip(before, after, strict=True)
+            assert any(not torch.equal(old, new) for old, new in pairs), site.label
+            norms += site.kind is SiteKind.NORM
+    in_model = [m for m in model.modules() if "Norm" in type(m).__name__]
+    assert norms == len(in_model)
