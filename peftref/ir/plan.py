@@ -14,11 +14,20 @@ from peftref.ir.cost import Cost
 from peftref.ir.graph import AdapterGraph
 from peftref.ir.primitive import Primitive, TensorSpec
 from peftref.ir.types import Form, Stage, WriteNode
-from peftref.passes.base import PassRecord
 from peftref.spec.composition import CompositionSpec
 from peftref.spec.technique import ProcedureSpec
 
-__all__ = ["EditPlan", "ModulePlan", "Plan", "PlannedTensor", "Program", "Properties", "Step"]
+__all__ = ["EditPlan", "ModulePlan", "PassRecord", "Plan", "PlannedTensor", "Program",
+           "Properties", "Step"]
+
+
+@dataclass(frozen=True, slots=True)
+class PassRecord:
+    """What one pass did."""
+
+    name: str
+    summary: str
+    nodes: int
 
 
 @dataclass(frozen=True, slots=True)

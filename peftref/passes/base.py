@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from peftref.errors import PeftRefError, SpecError
 from peftref.ir.graph import AdapterGraph
+from peftref.ir.plan import PassRecord
 from peftref.spec.technique import ProcedureSpec
 
 __all__ = ["Library", "Pass", "PassRecord", "Pipeline", "make_procedure"]
@@ -70,15 +71,6 @@ class Pass(Protocol):
     def run(self, graph: AdapterGraph) -> str:
         """Do it; return one line that says what changed."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class PassRecord:
-    """What one pass did."""
-
-    name: str
-    summary: str
-    nodes: int
 
 
 @dataclass(slots=True)
