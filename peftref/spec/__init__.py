@@ -60,7 +60,7 @@ def _built(source: Source, values: Mapping[str, object]) -> Built:
             return _resolved(source, given)
         case Path():
             return _document(read_yaml(source), given, source.parent)
-        case str() if "\n" in source or source.lstrip().startswith("{"):
+        case str() if "\n" in source.strip() or source.lstrip().startswith("{"):
             return _document(parse_yaml(source, "<text>"), given, Path())
         case str() if source.strip().endswith((".yaml", ".yml")) and not source.startswith("'"):
             path = Path(source.strip()).expanduser()

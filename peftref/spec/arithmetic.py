@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import warnings
 from collections.abc import Callable, Mapping
 
 from peftref.errors import unknown_name
@@ -48,7 +49,9 @@ def _parse(source: str) -> ast.expr:
     if len(source) > LONGEST_SOURCE:
         raise ValueError(f"arithmetic is at most {LONGEST_SOURCE} characters, not {len(source)}")
     try:
-        return ast.parse(source.strip(), mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of "1and 2": the message below says more
+            return ast.parse(source.strip(), mode="eval").body
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"{source!r} is not an arithmetic expression") from error
 

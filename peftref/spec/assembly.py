@@ -28,7 +28,7 @@ from peftref.spec.template import Template
 __all__ = ["Assembly", "Built"]
 
 Given = dict[str, Node]
-DEEPEST_USE = 12
+DEEPEST_USE = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +148,10 @@ class _Joint:
         """Add a term of an expression; return the names of its members."""
         if isinstance(term, Use):
             taken = {*self.groups, *(member.name for member in self.members)}
-            label = _free(self.assembly.label(term), taken)
-            return self.take(self.assembly.use(term, self.values_for(label), label), label)
+            template, _ = self.assembly.template(term)
+            label = _free(template.name, taken)
+            built = self.assembly.use(term, self.values_for(label), label)
+            return self.take(built, label, rename=template.kind == "technique")
         known = self.assembly.known.get(term.name)
         if known is not None and known.kind != "macro":
             raise SpecError(f"{term.name!r} is a {known.kind}, not a coupling: it takes values by "
@@ -181,16 +183,21 @@ class _Joint:
         self.rest = {key: node for key, node in self.rest.items() if key not in mine}
         return {key.removeprefix(start): node for key, node in mine.items()}
 
-    def take(self, built: Built, label: str, *, rename: bool = False,
+    def take(self, built: Built, label: str, *, rename: bool,
              hidden: Iterable[str] = ()) -> tuple[str, ...]:
-        """Add what was built under ``label``; return the names its members got."""
+        """Add what was built; return the names its members got.
+
+        Args:
+            built: a technique, or a composition to inline.
+            label: what it is called here.
+            rename: name its members after ``label``; else they keep their names where free.
+            hidden: parameters that cannot be set from outside.
+        """
         spec, taken = built.spec, {member.name for member in self.members}
         names: dict[str, str] = {}
         for member in spec.members:
-            wanted = label if len(spec.members) == 1 else member.name
-            if rename and len(spec.members) > 1:
-                wanted = f"{label}_{member.name}"
-            names[member.name] = _free(wanted, taken)
+            wanted = label if len(spec.members) == 1 else f"{label}_{member.name}"
+            names[member.name] = _free(wanted if rename else member.name, taken)
             taken.add(names[member.name])
             self.members.append(Member(name=names[member.name], technique=member.technique))
         for coupling in spec.couplings:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import textwrap
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -64,7 +65,9 @@ def parse_expression(text: str, at: Mark | None = None) -> tuple[Term, ...]:
     if len(text) > LONGEST:
         raise SpecError(f"an expression is at most {LONGEST} characters, not {len(text)}", mark=at)
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of "\\." in a regular expression between quotes
+            tree = ast.parse(text.strip(), mode="eval").body
         return parser.terms(tree)
     except SyntaxError as error:
         column = error.offset or 1
