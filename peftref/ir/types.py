@@ -125,6 +125,17 @@ class WriteNode:
         return self.site.module
 
     @property
+    def ends_a_span(self) -> bool:
+        """Whether this edits a whole sub-layer at the module that writes its result.
+
+        Such an edit comes after all that the module itself does, and reads a tensor that an
+        enclosing module hands in.
+        """
+        argument = self.site.input
+        outside = argument is not None and argument.module != self.site.module
+        return outside and self.port is not Port.KEYS_VALUES
+
+    @property
     def label(self) -> str:
         """Printable name: ``lora.delta @ decoder.0.attention.query``."""
         return f"{self.member}.{self.module} @ {self.site.label}"

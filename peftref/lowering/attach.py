@@ -140,9 +140,7 @@ def _swap_module(
 
 
 def _needs_carrier(edit: EditPlan) -> bool:
-    argument = edit.write.site.input
-    outside = argument is not None and argument.module != edit.write.path
-    return outside and edit.stage is Stage.PARALLEL
+    return edit.write.ends_a_span and edit.stage is Stage.PARALLEL
 
 
 def _swap_carrier(

@@ -70,8 +70,6 @@ class Fold:
 
     def run(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401, E501
         """Run the module's forward ``base`` with the edits."""
-        if self.carries is not None:
-            args, kwargs = self._carry(args, kwargs)
         x, rest, kwargs = self._take(args, kwargs)
         if self.tokens:
             return self._prompted(module, base, x)
@@ -84,6 +82,10 @@ class Fold:
             kwargs["peftref"] = build_prefix(self.prefixes, x)
 
         def call(stream: Tensor) -> Any:  # noqa: ANN401 - whatever the module returns
+            if self.carries is not None:
+                # In with the first argument, to the module that this one encloses.
+                read = kwargs[self.carries] if self.carries in kwargs else rest[0]
+                return base(module, Carried(stream, read), *rest, **kwargs)
             return base(module, stream, *rest, **kwargs)
 
         for edit in self.inputs:
@@ -120,15 +122,6 @@ class Fold:
             else:
                 y = edit.join(y, edit.stream(y))
         return y
-
-    def _carry(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Hand the argument that a span reads in with the first one; nothing is kept."""
-        value, rest, kwargs = self._take(args, kwargs)
-        name = self.carries
-        read = kwargs[name] if name in kwargs else rest[0]
-        return (Carried(value, read), *rest), kwargs
 
     def _take(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -238,8 +231,7 @@ class Fold:
 
 
 def _is_span(edit: BoundEdit) -> bool:
-    argument = edit.edit.write.site.input
-    return argument is not None and argument.module != edit.edit.write.site.module
+    return edit.edit.write.ends_a_span
 
 
 def _as(tensor: Tensor | None, like: Tensor) -> Tensor | None:

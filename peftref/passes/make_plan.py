@@ -66,12 +66,12 @@ def _program(graph: AdapterGraph, address: int) -> Program:
 def _order(path: str, edits: list[EditPlan]) -> ModulePlan:
     """Sort by the fold; ``after`` moves an edit behind the ones it names."""
     # A span that is written through a linear comes after all that the linear itself does.
-    ranked = sorted(edits, key=lambda e: (_is_span(e.write), e.stage, e.write.order))
+    ranked = sorted(edits, key=lambda e: (e.write.ends_a_span, e.stage, e.write.order))
     ranked = _respect_after(ranked)
     notes: list[str] = []
     for index, first in enumerate(ranked):
         for second in ranked[index + 1 :]:
-            same = first.stage is second.stage and _is_span(first.write) == _is_span(second.write)
+            same = first.stage is second.stage and first.write.ends_a_span == second.write.ends_a_span
             rows = overlap(first.write.site.rows, second.write.site.rows)
             if same and rows and not _commute(first, second):
                 notes.append(
@@ -79,10 +79,6 @@ def _order(path: str, edits: list[EditPlan]) -> ModulePlan:
                     f"{second.write.member}.{second.write.module} (they do not commute)"
                 )
     return ModulePlan(path, tuple(ranked), tuple(notes))
-
-
-def _is_span(write: WriteNode) -> bool:
-    return write.site.input is not None and write.site.input.module != write.site.module
 
 
 def _respect_after(edits: list[EditPlan]) -> list[EditPlan]:
@@ -96,7 +92,7 @@ def _respect_after(edits: list[EditPlan]) -> list[EditPlan]:
             labels = ", ".join(e.write.label for e in waiting)
             raise CompositionError(f"'after' goes in a circle: {labels}")
         if ready[0].stage < max((e.stage for e in done), default=Stage.TOKENS) and (
-            _is_span(ready[0].write) == _is_span(done[-1].write)
+            ready[0].write.ends_a_span == done[-1].write.ends_a_span
         ):
             raise CompositionError(
                 f"{ready[0].write.label}: 'after' asks for an order against the fold "

@@ -30,7 +30,7 @@ class ResolveSites:
         for rank, member in enumerate(graph.composition.members):
             inserted = 0
             for index, module in enumerate(member.technique.modules):
-                for site in select(graph.table, module.site):
+                for site in _sites(graph, module):
                     if self._is_target_prompt(graph, module, site):
                         continue
                     self._insert(graph, member.name, module, site, (rank, index))
@@ -90,6 +90,15 @@ class ResolveSites:
             # ports are one tensor.
             return Port.OUTPUT, Port.OUTPUT
         return port, read
+
+
+def _sites(graph: AdapterGraph, module: ModuleSpec) -> tuple[Site, ...]:
+    """The sites that a module selects; an optional one may find its port missing everywhere."""
+    selector = module.site
+    if not module.optional:
+        return select(graph.table, selector)
+    anywhere = selector.model_copy(update={"port": Port.OUTPUT})
+    return tuple(s for s in select(graph.table, anywhere) if selector.port in s.ports)
 
 
 def _key(member: str, module: str, site: Site) -> str:
