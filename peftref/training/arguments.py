@@ -1,0 +1,89 @@
+"""Run settings as transformers' ``TrainingArguments``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from peftref.errors import SpecError, unknown_name
+from peftref.training.settings import RunSettings
+
+__all__ = ["training_arguments"]
+
+# Fields of TrainingArguments that a run file says in its own words.
+OWNED = {
+    "output_dir": "output",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "evaluation.batch_size",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "learning_rate": "learning_rate",
+    "seed": "seed",
+    "eval_strategy": "evaluation.every",
+    "eval_steps": "evaluation.every",
+    "save_strategy": "evaluation.every",
+    "save_steps": "evaluation.every",
+    "resume_from_checkpoint": "--resume",
+    "use_cpu": "device",
+}
+# What a run on its own does with the order of the rows and with checkpoints leaves no choice here.
+FIXED = (
+    "load_best_model_at_end", "train_sampling_strategy", "length_column_name", "data_seed",
+    "ignore_data_skip", "save_only_model", "save_total_limit", "eval_on_start", "eval_delay",
+    "remove_unused_columns", "disable_tqdm", "push_to_hub", "auto_find_batch_size",
+    "num_train_epochs", "label_names", "dataloader_drop_last",
+)
+DEFAULTS: Mapping[str, object] = {
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.06,
+    "weight_decay": 0.0,
+    "report_to": "none",
+    "logging_steps": 50,
+    # A loss that is not a number is an error here, never averaged away.
+    "logging_nan_inf_filter": False,
+}
+
+
+def training_arguments(settings: RunSettings, folder: Path, seed: int, steps: int) -> TrainingArguments:
+    """Return the arguments of a run that keeps its checkpoints under ``folder``.
+
+    Raises:
+        SpecError: ``arguments`` has an unknown field, one that the run file owns, or a bad value.
+    """
+    check_names(settings.arguments)
+    values: dict[str, Any] = {**DEFAULTS, **settings.arguments}
+    values |= {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": settings.evaluation.batch_size,
+        "max_steps": steps,
+        "seed": seed,
+        "learning_rate": settings.learning_rate or 1e-3,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "save_total_limit": 2,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "use_cpu": settings.device == "cpu",
+    }
+    try:
+        return TrainingArguments(**values)
+    except (TypeError, ValueError, ImportError) as error:
+        raise SpecError(f"arguments: {error}") from error
+
+
+def check_names(arguments: Mapping[str, object]) -> None:
+    """Raise for names that ``TrainingArguments`` lacks or that the run file says otherwise."""
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for name in arguments:
+        if name in OWNED:
+            raise SpecError(f"arguments.{name}: set {OWNED[name]!r} of the run instead")
+        if name in FIXED:
+            raise SpecError(f"arguments.{name}: a run decides this itself")
+        if name not in known:
+            free = known - set(OWNED) - set(FIXED)
+            raise SpecError(f"arguments: {unknown_name('training argument', name, free)}")
