@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -19,10 +19,12 @@ __all__ = [
     "Pooling",
     "RunSettings",
     "Task",
+    "load_model",
     "load_settings",
     "settings_text",
 ]
 
+Model = TypeVar("Model", bound=Frozen)
 Task = Literal["auto", "classification", "regression", "causal_lm"]
 Pooling = Literal["auto", "mean", "cls", "model"]
 
@@ -122,9 +124,18 @@ class RunSettings(Frozen):
 def load_settings(
     path: Path | None, flags: Mapping[str, object] | None = None, assignments: Sequence[str] = ()
 ) -> RunSettings:
+    """Return the run file of one training; see `load_model`."""
+    return load_model(RunSettings, path, flags, assignments)
+
+
+def load_model(
+    model: type[Model], path: Path | None, flags: Mapping[str, object] | None = None,
+    assignments: Sequence[str] = (),
+) -> Model:
     """Return a run file with flags and then ``a.b=value`` assignments laid over it.
 
     Args:
+        model: what the file holds.
         path: a YAML run file; None: everything comes from the other two.
         flags: dotted field names and values; None values count as not given.
         assignments: what stood after ``--set``; values are read as YAML.
@@ -141,7 +152,7 @@ def load_settings(
         if not separator or not all(name.strip().split(".")):
             raise SpecError(f"--set takes name=value with a dotted name, not {text!r}")
         root = _laid_over(root, name.strip().split("."), parse_value(value), text)
-    return validated(RunSettings, root)
+    return validated(model, root)
 
 
 def _laid_over(node: Node, way: Sequence[str], value: object, source: str) -> Node:
