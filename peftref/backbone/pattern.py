@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 from peftref.errors import SpecError
 
@@ -35,7 +36,7 @@ def expand_braces(text: str) -> tuple[str, ...]:
     head, tails = text[:start], expand_braces(text[cuts[-1] + 1 :])
     middles = [
         middle
-        for left, right in zip(cuts, cuts[1:], strict=False)
+        for left, right in pairwise(cuts)
         for middle in expand_braces(text[left + 1 : right])
     ]
     return tuple(head + middle + tail for middle in middles for tail in tails)

@@ -10,7 +10,7 @@ from peftref.spec.typology import Port
 
 __all__ = ["ADDED", "Argument", "AttentionShape", "RowSlice", "Site", "SiteKind", "SiteTable"]
 
-ADDED = "peftref_"
+ADDED = "peftref"
 """Start of the name of every module and tensor that peftref registers on a model.
 
 The site table, the parameter count and the weight hash of a backbone leave such names out, so
@@ -30,7 +30,9 @@ class SiteKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RowSlice:
-    """Output rows of a fused projection: ``arange(groups*size).view(groups, size)[:, start:][:length]``.
+    """Output rows of a fused projection.
+
+    ``arange(groups * size).view(groups, size)[:, start : start + length]``
 
     One rule for all known layouts: thirds and grouped-query blocks have one group; per-head
     interleaving has one group a head.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peftref.backbone.site_table import Argument, Site
+from peftref.backbone.site_table import Argument, RowSlice, Site
+
+Args = tuple[Any, ...]
 
 __all__ = ["forward", "perturbed", "read_ports", "rows_of", "written"]
 
@@ -22,11 +24,13 @@ def forward(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
         return model(**batch)[0]
 
 
-def first(result: Any) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result
+def first(result: object) -> Tensor:
+    found = result[0] if isinstance(result, tuple) else result
+    assert isinstance(found, Tensor)
+    return found
 
 
-def argument(module: nn.Module, name: str | None, args: tuple[Any, ...],
+def argument(module: nn.Module, name: str | None, args: Args,
              kwargs: dict[str, Any]) -> Tensor:
     if name is None:
         return args[0]
@@ -43,11 +47,11 @@ def read_ports(model: PreTrainedModel, sites: Iterable[Site], batch: dict[str, T
             place = site.input or Argument(site.module, "")
             source = model.get_submodule(place.module)
 
-            def read(module: nn.Module, args: Any, kwargs: Any, label: str = site.label,
+            def read(module: nn.Module, args: Args, kwargs: dict[str, Any], label: str = site.label,
                      name: str | None = place.name or None) -> None:
                 inputs[label] = argument(module, name, args, kwargs).detach().clone()
 
-            def write(_module: nn.Module, _args: Any, result: Any,
+            def write(_module: nn.Module, _args: Args, result: object,
                       label: str = site.label) -> None:
                 outputs[label] = first(result).detach().clone()
 
@@ -59,10 +63,10 @@ def read_ports(model: PreTrainedModel, sites: Iterable[Site], batch: dict[str, T
 
 
 @contextmanager
-def written(model: PreTrainedModel, sites: Iterable[Site], value: float) -> Iterator[None]:
+def written(model: PreTrainedModel, sites: Iterable[Site], value: float) -> Generator[None]:
     """Replace the output port of ``sites`` by ``value`` throughout."""
 
-    def replace(_module: nn.Module, _args: Any, result: Any) -> Any:
+    def replace(_module: nn.Module, _args: Args, result: object) -> object:
         filled = torch.full_like(first(result), value)
         return (filled, *result[1:]) if isinstance(result, tuple) else filled
 
@@ -73,24 +77,21 @@ def written(model: PreTrainedModel, sites: Iterable[Site], value: float) -> Iter
         yield
 
 
-def rows_of(site: Site) -> Tensor | slice:
-    """Return the rows of the module's weight that are the site, by the contract's formula."""
-    if site.rows is None:
-        return slice(None)
-    cut = site.rows
+def rows_of(cut: RowSlice) -> Tensor:
+    """Return the output rows of a slice, by the contract's formula."""
     grid = torch.arange(cut.groups * cut.size).view(cut.groups, cut.size)
     return grid[:, cut.start:][:, :cut.length].reshape(-1)
 
 
 @contextmanager
-def perturbed(model: PreTrainedModel, site: Site) -> Iterator[None]:
+def perturbed(model: PreTrainedModel, site: Site) -> Generator[None]:
     """Add noise to the weight rows of ``site`` meanwhile."""
-    weight = model.get_submodule(site.module).weight
+    weight = model.get_parameter(f"{site.module}.weight")
     kept = weight.detach().clone()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        rows = (weight.T if site.transposed else weight)[rows_of(site)]
-        noise = torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
-        (weight.T if site.transposed else weight)[rows_of(site)] = rows + noise
+        by_row = weight.T if site.transposed else weight
+        rows = torch.arange(len(by_row)) if site.rows is None else rows_of(site.rows)
+        by_row[rows] += torch.randn(by_row[rows].shape, generator=generator)
         yield
         weight.copy_(kept)

@@ -73,7 +73,7 @@ def test_the_hash_sees_every_backbone_tensor_and_no_adapter_or_head() -> None:
         assert same == (name.split(".")[0] in head or ADDED in name), name
         flat[-1] = kept
     assert weight_hash(model) == plain
-    assert weight_hash(model.to(torch.bfloat16)) != plain
+    assert weight_hash(tiny("t5", "classification", dtype=torch.bfloat16)) != plain
     with pytest.raises(BackboneError, match="meta device"):
         weight_hash(meta_model(model.config, "features"))
 

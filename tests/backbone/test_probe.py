@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, OPTConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -19,12 +19,13 @@ from peftref.backbone.site_table import Site, SiteKind, SiteTable
 from tests.backbone.observe import forward, perturbed, read_ports
 from tests.backbone.tiny import FAMILIES, inputs, tiny
 
-VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in FAMILIES},
     "gpt_neox-serial": ("gpt_neox", {"use_parallel_residual": False}),
     "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "t5-gated": ("t5", {"feed_forward_proj": "gated-gelu"}),
 }
+PARTS = ("query", "key", "value", "output")
 OPT_ROW = """
 families: [opt]
 norms: {do_layer_norm_before: pre, otherwise: post}
@@ -43,12 +44,13 @@ stacks:
 
 
 @contextmanager
-def attended(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, tuple[Tensor, ...]]]:
+def attended(monkeypatch: pytest.MonkeyPatch) -> Generator[dict[int, tuple[Tensor, ...]]]:
     """Collect query, key and value by the identity of the module that attends."""
     seen: dict[int, tuple[Tensor, ...]] = {}
     real = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def spy(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def spy(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: object,
+            **kwargs: object) -> object:
         seen[id(module)] = (q.clone(), k.clone(), v.clone())
         return real(module, q, k, v, *args, **kwargs)
 
@@ -66,8 +68,9 @@ def probe_rows(model: PreTrainedModel, table: SiteTable, batch: dict[str, Tensor
         forward(model, batch)
         before = dict(seen)
         for site in table:
-            span = spans.get((site.stack, site.layer, site.role.rpartition(".")[0]))
-            if span is None or site.kind is not SiteKind.LINEAR:
+            owner = site.role.rpartition(".")[0].replace("norm", "attention")
+            span = spans.get((site.stack, site.layer, owner))
+            if span is None or site.role.rpartition(".")[2] not in PARTS:
                 continue
             shape = span.attention
             assert shape is not None
@@ -81,7 +84,7 @@ def probe_rows(model: PreTrainedModel, table: SiteTable, batch: dict[str, Tensor
                 forward(model, batch)
             changed = [tuple((new != old).any(0).any(1).flatten().tolist())
                        for new, old in zip(seen[interface], before[interface], strict=True)]
-            part = ("query", "key", "value", "output").index(site.role.rpartition(".")[2])
+            part = PARTS.index(site.role.rpartition(".")[2])
             for i, columns in enumerate(changed):
                 assert all(columns) if i == part else not any(columns), (site.label, i)
             probed += 1
@@ -95,7 +98,8 @@ def test_exactly_the_named_part_of_the_attention_changes(
     family, changes = VARIANTS[variant]
     model = tiny(family, **changes)
     attentions = 6 if family == "t5" else 2
-    assert probe_rows(model, site_table(model), inputs(family), monkeypatch) == 4 * attentions
+    roles = 6 if family == "qwen3" else 4  # with the norms of query and key
+    assert probe_rows(model, site_table(model), inputs(family), monkeypatch) == roles * attentions
 
 
 def test_a_row_of_the_user_reads_a_family_that_no_built_in_row_knows(
@@ -147,30 +151,24 @@ def test_ffn_roles_change_the_ffn_alone_and_up_is_the_linear_branch(variant: str
         assert torch.equal(after[own][0], before[own][0])
         if any(s.role == "ffn.gate" for s in layer0):
             doubled = _scaled_ffn(model, site, spans, batch)[own][1]
-            bias = getattr(_module(model, layer0, site.stack, "ffn.down"), "bias", None)
-            rest = 0.0 if bias is None else bias.detach()
+            down = next(s for s in layer0 if (s.stack, s.role) == (site.stack, "ffn.down"))
+            bias = dict(model.named_parameters()).get(f"{down.module}.bias")
+            rest = torch.zeros(()) if bias is None else bias.detach()
             linear = torch.allclose(doubled - rest, 2 * (before[own][1] - rest), atol=1e-4)
-            assert linear == (site.role == "ffn.up" or (site.role == "ffn.down")), site.label
-
-
-def _module(model: PreTrainedModel, sites: list[Site], stack: str, role: str) -> Any:
-    path = next(s.module for s in sites if (s.stack, s.role) == (stack, role))
-    return model.get_submodule(path)
+            assert linear == (site.role != "ffn.gate"), site.label
 
 
 def _scaled_ffn(model: PreTrainedModel, site: Site, spans: list[Site], batch: dict[str, Tensor]
                 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Read the spans while the linear of ``site`` puts out twice its product (and bias)."""
-    module = model.get_submodule(site.module)
-    down = site.role == "ffn.down"
+    tensors = [p for name, p in model.get_submodule(site.module).named_parameters()
+               if name == "weight" or site.role != "ffn.down"]
     with torch.no_grad():
-        module.weight.mul_(2)
-        if module.bias is not None and not down:
-            module.bias.mul_(2)
+        for tensor in tensors:
+            tensor.mul_(2)
         ports = read_ports(model, spans, batch)
-        module.weight.div_(2)
-        if module.bias is not None and not down:
-            module.bias.div_(2)
+        for tensor in tensors:
+            tensor.div_(2)
     return ports
 
 

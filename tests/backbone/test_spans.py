@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 
 from peftref.backbone.hf import site_table
 from peftref.backbone.site_table import SiteKind
@@ -76,9 +77,13 @@ def test_an_enclosing_module_hands_its_first_argument_on(family: str) -> None:
         if site.role in SPANS:
             assert site.input is not None
             seen: list[torch.Tensor] = []
-            hooks = [model.get_submodule(path).register_forward_pre_hook(
-                lambda _module, args, seen=seen: seen.append(args[0]))
-                for path in (site.input.module, site.module)]
+
+            def note(_module: nn.Module, args: tuple[torch.Tensor, ...],
+                     seen: list[torch.Tensor] = seen) -> None:
+                seen.append(args[0])
+
+            hooks = [model.get_submodule(path).register_forward_pre_hook(note)
+                     for path in (site.input.module, site.module)]
             model(**batch)
             for hook in hooks:
                 hook.remove()

@@ -23,9 +23,11 @@ DECODERS = ("gpt2", "gpt_neox", "llama", "qwen3")
 FAMILIES = (*ENCODERS, *DECODERS, "t5")
 
 VOCABULARY = 97
-_USUAL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop",
+             "attn_pdrop", "dropout", "attention_dropout", "dropout_rate", "hidden_dropout")
+_USUAL: dict[str, object] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
           "intermediate_size": 48, "max_position_embeddings": 64}
-_GROUPED = {**_USUAL, "num_key_value_heads": 2}
+_GROUPED: dict[str, object] = {**_USUAL, "num_key_value_heads": 2}
 _OWN: dict[str, dict[str, object]] = {
     "bert": _USUAL,
     "roberta": _USUAL,
@@ -49,11 +51,8 @@ _TASKS = {
 
 def tiny_config(family: str, **changes: object) -> PreTrainedConfig:
     """Return a small configuration without dropout; Qwen3 and T5 have heads wider than d / H."""
-    dropout = {key: 0.0 for key in ("hidden_dropout_prob", "attention_probs_dropout_prob",
-                                    "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout",
-                                    "attention_dropout", "dropout_rate", "hidden_dropout")}
-    kept = AutoConfig.for_model(family)
-    dropout = {key: value for key, value in dropout.items() if hasattr(kept, key)}
+    known = AutoConfig.for_model(family)
+    dropout = {key: 0.0 for key in _DROPOUTS if hasattr(known, key)}
     own = {"vocab_size": VOCABULARY, "pad_token_id": 0, **dropout, **_OWN[family], **changes}
     return AutoConfig.for_model(family, **own)
 
@@ -76,7 +75,7 @@ def tiny(family: str, task: Task = "features", *, num_labels: int = 3, seed: int
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:
                 parameter.mul_(3.0)  # the initial 0.02 hides effects below rounding
-    return model.to(dtype).eval()
+    return model.to(dtype=dtype).eval()
 
 
 def inputs(family: str, task: Task = "features", *, batch: int = 2, length: int = 7,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -40,7 +40,7 @@ FAILURES = (OSError, ValueError, KeyError, RuntimeError, ImportError, Safetensor
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None]:
     """Keep transformers from printing warnings and its own progress bars meanwhile."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -152,7 +152,8 @@ def _gguf(source: str | Path) -> Path | None:
     files = sorted(Path(source).glob("*.gguf"))
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise BackboneError(f"The folder {str(source)!r} has several GGUF files ({names}); keep one")
+        raise BackboneError(f"The folder {str(source)!r} has several GGUF files; keep one of "
+                            f"{names}")
     return files[0] if files else None
 
 
@@ -192,8 +193,7 @@ def _refuse_missing(model: PreTrainedModel, info: Mapping[str, Any], source: str
 def _plain(model: PreTrainedModel, auto: Any) -> PreTrainedModel:  # noqa: ANN401
     """Return an ordinary model with these weights: one read from GGUF refuses to be saved."""
     config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     with quiet():
         plain = auto.from_config(config)
     plain.load_state_dict(model.state_dict())

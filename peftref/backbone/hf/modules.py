@@ -30,7 +30,7 @@ class Measure:
 
 def is_added(name: str) -> bool:
     """Return whether peftref registered the module or tensor of this dotted name."""
-    return any(part.startswith(ADDED) for part in name.split("."))
+    return ADDED in name.split(".")
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -224,10 +224,11 @@ class _Reader:
         """Return ``site`` if a projection has the width that the head counts promise."""
         count = {"query": heads.heads, "key": heads.key_value_heads,
                  "value": heads.key_value_heads}.get(site.role.split(".")[-1])
-        if "attention" in site.role.split(".")[0] and count is not None:
-            if site.d_out != count * heads.width:
-                raise self._misfit(f"{site.module!r} has {site.d_out} rows, not {count} heads of "
-                                   f"{heads.width}")
+        if count is None or site.role.split(".")[0] not in SPANS:
+            return site
+        if site.d_out != count * heads.width:
+            raise self._misfit(f"{site.module!r} has {site.d_out} rows, not {count} heads of "
+                               f"{heads.width}")
         return site
 
     def _language_head(self, stack: str) -> Iterator[Site]:

@@ -62,5 +62,5 @@ def _plain(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 def _digest(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    digest.update(memoryview(data.numpy()))
+    digest.update(data.numpy().data)
     return digest.hexdigest()
