@@ -7,6 +7,7 @@ the marks, so that `validated` can say ``path:line:col`` for what pydantic refus
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +143,8 @@ class _Reader:
 
     def scalar(self, node: YamlNode) -> Any:  # noqa: ANN401 - the loader's border
         value = self.constructor.construct_object(node, deep=True)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SpecError(f"a number is finite, not {node.value}", mark=self.mark(node))
         if value is None or isinstance(value, bool | int | float | str):
             return value
         return node.value  # a date or other YAML type that specs have no use for: its text

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from peftref.errors import SpecError
-from peftref.spec import load
+from peftref.spec import load, to_yaml
 
 GOOD = """\
 technique: mine
@@ -69,6 +72,7 @@ def laughs(levels: int) -> str:
 
 
 @pytest.mark.parametrize(("text", "part"), [
+    ("technique: a\nx: [1, .inf]\n", "<text>:2:8: a number is finite"),
     (laughs(64), "<text>:1:5: anchors and aliases"),
     ("y: 1\nx: " + "[" * 60 + "]" * 60, "nested deeper than 40 levels"),
     ("[\n" * 9000, "nested deeper than 40 levels"),
@@ -107,6 +111,21 @@ def test_a_value_that_does_not_fit(source: str, values: dict[str, object], part:
     with pytest.raises(SpecError) as raised:
         load(source, **values)
     assert part in str(raised.value)
+
+
+PIECES = st.sampled_from(["$rank", "${", "}", "{", "[", "]", ": ", "\n", "  ", "- ", "null", "3",
+                          "'", "\t", "?", "!!x", "|", "&a", "*a", "choose", "by", "", "modules"])
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, len(GOOD)), st.integers(0, 8), PIECES), max_size=3))
+def test_any_damage_is_a_spec_or_a_spec_error(edits: list[tuple[int, int, str]]) -> None:
+    text = GOOD
+    for start, length, piece in edits:
+        text = text[:start] + piece + text[start + length:]
+    with suppress(SpecError):
+        spec = load(text)
+        assert load(to_yaml(spec)) == spec
 
 
 def test_a_resolved_spec_takes_no_values() -> None:
