@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from peftref.adapted import Adapted
-    from peftref.compiler import attach, compile  # noqa: A004
+    from peftref.compiler import attach, compile, restore  # noqa: A004
     from peftref.errors import PeftRefError
     from peftref.ir.plan import Plan
     from peftref.spec import load
+    from peftref.training.restore import from_pretrained
+    from peftref.training.trainer import trainer
 
 __version__ = "0.1.0"
 
@@ -25,10 +27,23 @@ _EXPORTS = {
     "Plan": "peftref.ir.plan",
     "attach": "peftref.compiler",
     "compile": "peftref.compiler",
+    "from_pretrained": "peftref.training.restore",
     "load": "peftref.spec",
+    "restore": "peftref.compiler",
+    "trainer": "peftref.training.trainer",
 }
 
-__all__ = ["Adapted", "PeftRefError", "Plan", "attach", "compile", "load"]
+__all__ = [
+    "Adapted",
+    "PeftRefError",
+    "Plan",
+    "attach",
+    "compile",
+    "from_pretrained",
+    "load",
+    "restore",
+    "trainer",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peftref.errors import ArtifactError, BackboneError, TrainingError
 from peftref.ir.plan import Plan
+from peftref.exporting import export_peft, save
 from peftref.lowering.attach import Attachment, detach_plan, refresh, root_state
 from peftref.lowering.merge import merge_modules, unmerge_modules
 from peftref.lowering.root import RootState
@@ -31,20 +32,22 @@ class Adapted:
         model: the very model that was given to ``attach``.
         plan: what was applied.
         name: the adapter's name.
+        seed: of the initial values.
         handled: whether a trainer says that it calls the procedures.
     """
 
-    def __init__(self, model: nn.Module, attachment: Attachment) -> None:
+    def __init__(self, model: nn.Module, attachment: Attachment, seed: int = 0) -> None:
         self.model = model
         self.plan: Plan = attachment.plan
         self.name = attachment.name
+        self.seed = seed
         self.handled = False
         self._attachment: Attachment | None = attachment
         self._prepared: set[int] = set()
         self.procedures: tuple[Procedure[Any], ...] = tuple(
             _procedure(spec.name, spec.arguments) for spec in attachment.plan.procedures
         )
-        root = self._root()
+        root = self.root()
         root.guard.checks[self.name] = self._check
         root.handles[self.name] = self
 
@@ -52,13 +55,13 @@ class Adapted:
 
     def tensors(self, members: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """Adapter tensors by full name, of the named members or of all."""
-        attachment = self._attached()
+        attachment = self.attached()
         found: dict[str, Tensor] = {}
         for tensor in self.plan.tensors:
             if members and tensor.member not in members:
                 continue
             path, local = attachment.tensors[tensor.name]
-            state = state_of(attachment.modules[path]) if path else self._root()
+            state = state_of(attachment.modules[path]) if path else self.root()
             found[tensor.name] = state.tree(self.name).fetcher(local)()
         return found
 
@@ -111,6 +114,24 @@ class Adapted:
                 if name in state:
                     tensor.copy_(state[name])
         self._prepared = set(range(len(self.procedures)))
+
+    def load_head(self, head: Mapping[str, Tensor]) -> None:
+        """Take task-head tensors back.
+
+        Raises:
+            ArtifactError: the model has no such head, or one of another shape.
+        """
+        own = dict(self.model.named_parameters())
+        for name, tensor in head.items():
+            if name not in own or own[name].shape != tensor.shape:
+                found = tuple(own[name].shape) if name in own else "none"
+                raise ArtifactError(
+                    f"head tensor {name!r} has shape {tuple(tensor.shape)}, the model's: {found}; "
+                    "load the backbone with the same task and number of labels"
+                )
+        with torch.no_grad():
+            for name, tensor in head.items():
+                own[name].copy_(tensor)
 
     def parameter_groups(
         self, lr: float | None = None, weight_decay: float = 0.0
@@ -174,7 +195,7 @@ class Adapted:
         held = list(batches) if any(p.needs_data for p in self.procedures) else []
         training = self.model.training
         self.model.eval()
-        root = self._root()
+        root = self.root()
         checks, root.guard.checks = root.guard.checks, {}
         try:
             for index, procedure in enumerate(self.procedures):
@@ -209,7 +230,7 @@ class Adapted:
         Raises:
             BackboneError: a module was replaced after attach, and its adapter with it.
         """
-        for path, module in self._attached().modules.items():
+        for path, module in self.attached().modules.items():
             try:
                 found = self.model.get_submodule(path)
             except AttributeError:
@@ -225,7 +246,7 @@ class Adapted:
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
         """Within this context the model is the backbone."""
-        states = [state_of(module) for module in self._attached().modules.values()]
+        states = [state_of(module) for module in self.attached().modules.values()]
         held = [state.adapters[self.name] for state in states]
         before = [edits.active for edits in held]
         carriers = [self.name in state.carriers for state in states]
@@ -257,15 +278,15 @@ class Adapted:
             MergeError: something cannot be folded and ``partial`` is not set.
         """
         self.verify()
-        return merge_modules(self.model, self._attached(), partial=partial)
+        return merge_modules(self.model, self.attached(), partial=partial)
 
     def unmerge(self) -> None:
         """Undo ``merge`` bit for bit, from kept copies."""
-        unmerge_modules(self.model, self._attached())
+        unmerge_modules(self.model, self.attached())
 
     def detach(self) -> nn.Module:
         """Remove the adapter; the backbone is bit for bit what it was. Returns the model."""
-        attachment = self._attached()
+        attachment = self.attached()
         unmerge_modules(self.model, attachment)
         root = root_state(self.model)
         if root is not None:
@@ -282,17 +303,33 @@ class Adapted:
             path: folder, made or replaced as a whole.
             metadata: what the caller knows: head, labels, tokenizer, metrics.
         """
-        from peftref.artifact import write
-
         self.verify()
-        return write(self, Path(path), metadata)
+        return save(self, Path(path), metadata)
 
-    def _attached(self) -> Attachment:
+    def to_peft(self, path: str | Path) -> Path:
+        """Write the adapter in huggingface/peft's format.
+
+        Raises:
+            ArtifactError: PEFT cannot express it; the message lists what.
+        """
+        return export_peft(self, Path(path))
+
+    def attached(self) -> Attachment:
+        """What was changed in the model; for the parts of peftref that need it.
+
+        Raises:
+            BackboneError: the adapter is detached.
+        """
         if self._attachment is None:
             raise BackboneError(f"adapter {self.name!r} is detached")
         return self._attachment
 
-    def _root(self) -> RootState:
+    def root(self) -> RootState:
+        """The state of the adapted model as a whole.
+
+        Raises:
+            BackboneError: the adapter is detached.
+        """
         root = root_state(self.model)
         if root is None:
             raise BackboneError(f"adapter {self.name!r} is detached")

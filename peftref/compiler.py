@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from peftref.adapted import Adapted
-from peftref.backbone.hf import site_table
+from peftref.artifact import read
+from peftref.backbone.hf import site_table, weight_hash
 from peftref.backbone.site_table import SiteTable
+from peftref.errors import ArtifactError, PeftRefError
 from peftref.ir.graph import AdapterGraph
 from peftref.ir.plan import Plan
 from peftref.lowering.attach import attach_plan
@@ -21,7 +24,7 @@ from peftref.spec import load
 from peftref.spec.composition import CompositionSpec
 from peftref.spec.technique import TechniqueSpec
 
-__all__ = ["attach", "compile", "compile_table", "load"]
+__all__ = ["attach", "compile", "compile_table", "load", "restore"]
 
 Source = str | Mapping[str, Any] | TechniqueSpec | CompositionSpec
 
@@ -92,6 +95,51 @@ def attach(
     """
     if not isinstance(plan, Plan):
         plan = compile(plan, model)
-    adapted = Adapted(model, attach_plan(model, plan, name, seed))
+    adapted = Adapted(model, attach_plan(model, plan, name, seed), seed)
     adapted.setup_without_data()
+    return adapted
+
+
+def restore(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str = "default",
+    check_backbone: bool = True,
+) -> Adapted:
+    """Attach a saved adapter to its backbone.
+
+    Args:
+        model: the backbone that the adapter was trained on; a task head of the same shape gets
+            the saved head.
+        path: artifact folder.
+        name: name of the adapter.
+        check_backbone: refuse other weights. Pass False for the same backbone in another type.
+
+    Raises:
+        ArtifactError: the folder is damaged, or made for another backbone.
+    """
+    artifact = read(path)
+    known = artifact.info.get("backbone", {}).get("hash")
+    if check_backbone and known is not None and known != (found := weight_hash(model)):
+        raise ArtifactError(
+            f"{path}: was trained on backbone {artifact.info['backbone'].get('name')!r} with "
+            f"weights {known[:19]}, this model has {found[:19]}; load that backbone (in type "
+            f"{artifact.info['backbone'].get('dtype')}), or pass check_backbone=False"
+        )
+    plan = compile(artifact.composition, model)
+    stored = {t.name for t in plan.tensors if t.spec.trainable or t.spec.buffer}
+    if stored != artifact.tensors.keys():
+        odd = sorted(stored ^ artifact.tensors.keys())
+        raise ArtifactError(
+            f"{path}: its tensors do not fit this model: {len(odd)} differ, first {odd[0]!r}"
+        )
+    seed = int(artifact.info.get("seed", 0))
+    adapted = Adapted(model, attach_plan(model, plan, name, seed), seed)
+    try:
+        adapted.load_state_dict(artifact.tensors)
+        adapted.load_head(artifact.head)
+    except PeftRefError:
+        adapted.detach()
+        raise
     return adapted

@@ -91,6 +91,19 @@ class BoundEdit:
         value = self._run(self._matrix, before, dtype)
         return value if self.scale == 1.0 else value * self.scale
 
+    def linear_tensors(self) -> tuple[Tensor, ...]:
+        """The weights of the linear links, in order, as training left them (mixed, masked)."""
+        registers: list[Tensor | None] = [None, *(fetch() for fetch in self._fetch)]
+        weights: list[Tensor] = []
+        for step, form in zip(self.edit.program.steps, self._stream, strict=True):
+            if step.primitive.on_tensors:
+                registers.append(form(*[registers[i] for i in step.inputs]))
+                continue
+            registers.append(None)
+            held = [registers[i] for i in step.inputs]
+            weights.extend(tensor for tensor in held if tensor is not None)
+        return tuple(weights)
+
     def row_scale(self, weight: Tensor) -> Tensor:
         """What a normalisation multiplies each row of ``weight`` by."""
         return self._run(self._stream, weight, weight.dtype)

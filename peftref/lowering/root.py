@@ -53,6 +53,7 @@ class RootState(AdapterState):
         self.frozen: list[nn.Parameter] = []
         self.implementations: list[tuple[Any, str]] = []
         self.handles: dict[str, Any] = {}
+        self.weight_hash: str | None = None
 
 
 @functools.cache

@@ -150,8 +150,9 @@ def _servable(modules: tuple[ModulePlan, ...]) -> dict[str, tuple[str, ...]]:
 
 
 def is_low_rank(edit: EditPlan) -> bool:
-    """Whether an edit is ``W + s B A`` of one linear module with its own two factors."""
-    names = [step.primitive.name for step in edit.program.steps]
-    whole = edit.write.site.rows is None
-    linears = [name for name in names if name != "dropout"]
-    return edit.stage is Stage.WEIGHT_ADD and whole and linears == ["linear", "linear"]
+    """Whether an edit is ``W + s B A``: two links with one matrix each."""
+    links = [s.primitive for s in edit.program.steps if not s.primitive.on_tensors]
+    factors = [link for link in links if link.tensors()]
+    plain = all(len(f.tensors()) == 1 and f.tensors()[0].name.endswith(".weight") for f in factors)
+    matrices = len(factors) == 2 and plain and all(len(f.tensors()[0].shape) == 2 for f in factors)
+    return edit.stage is Stage.WEIGHT_ADD and matrices

@@ -1,0 +1,156 @@
+"""A saved adapter: one folder of JSON and safetensors. No pickle is ever read or written.
+
+    peftref.json                what it is: composition, backbone, seed, versions, metadata
+    adapter_model.safetensors   adapter tensors; those of a task head under ``head/``
+    peft/                       the same in huggingface/peft's format, where that can express it
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from peftref.errors import ArtifactError
+from peftref.spec import load
+from peftref.spec.composition import CompositionSpec
+
+__all__ = ["FORMAT", "HEAD", "INFO", "TENSORS", "Artifact", "read", "replaced_folder"]
+
+FORMAT = 1
+INFO = "peftref.json"
+TENSORS = "adapter_model.safetensors"
+HEAD = "head/"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a folder holds.
+
+    Attributes:
+        path: the folder.
+        composition: the locked composition.
+        tensors: adapter tensors by name.
+        head: task-head tensors by parameter name.
+        info: everything in ``peftref.json``.
+    """
+
+    path: Path
+    composition: CompositionSpec
+    tensors: Mapping[str, Tensor]
+    head: Mapping[str, Tensor]
+    info: Mapping[str, Any]
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the caller of ``save`` added: labels, pooling, metrics, ..."""
+        return self.info.get("metadata", {})
+
+
+def read(path: str | Path) -> Artifact:
+    """Read a folder; nothing in it is executed.
+
+    Raises:
+        ArtifactError: it is missing, truncated, of an unknown format or inconsistent.
+    """
+    folder = Path(path)
+    info = _read_info(folder)
+    if info.get("format") != FORMAT:
+        raise ArtifactError(
+            f"{folder / INFO}: format {info.get('format')!r} is not known to this version of "
+            f"peftref, which reads format {FORMAT}"
+        )
+    try:
+        composition = load(info["composition"])
+        declared: dict[str, list[int]] = info["tensors"]
+    except KeyError as error:
+        raise ArtifactError(f"{folder / INFO}: the entry {error} is missing") from None
+    stored = _read_tensors(folder)
+    found = {name: list(tensor.shape) for name, tensor in stored.items()}
+    if found != declared:
+        odd = sorted(set(found) ^ set(declared))
+        what = f"tensor {odd[0]!r}" if odd else "the shape of a tensor"
+        raise ArtifactError(f"{folder}: {what} differs between {INFO} and {TENSORS}")
+    head = {n.removeprefix(HEAD): t for n, t in stored.items() if n.startswith(HEAD)}
+    tensors = {n: t for n, t in stored.items() if not n.startswith(HEAD)}
+    return Artifact(folder, composition, tensors, head, info)
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: no such folder; an artifact is a folder with {INFO}")
+    try:
+        info = json.loads((folder / INFO).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder}: has no {INFO}, so it is no peftref artifact") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{folder / INFO}: is not whole JSON ({error})") from None
+    if not isinstance(info, dict):
+        raise ArtifactError(f"{folder / INFO}: must hold a JSON object")
+    return info
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    file = folder / TENSORS
+    try:
+        return safetensors.torch.load_file(file)
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder}: has no {TENSORS}") from None
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{file}: cannot be read, it may be truncated ({error})") from None
+
+
+def write_files(folder: Path, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write the two files of an artifact into an existing folder."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    shapes = {name: list(tensor.shape) for name, tensor in plain.items()}
+    text = json.dumps({**info, "format": FORMAT, "tensors": shapes}, indent=1, ensure_ascii=False)
+    safetensors.torch.save_file(plain, folder / TENSORS, metadata={"format": "pt"})
+    (folder / INFO).write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Give an empty sibling folder; at the end it takes the place of ``path`` in one move.
+
+    When anything fails, what was at ``path`` is as it was.
+
+    Raises:
+        ArtifactError: ``path`` is a file, a folder of something else, or cannot be written.
+    """
+    if path.exists() and not path.is_dir():
+        raise ArtifactError(f"{path}: is a file; give a folder")
+    if path.is_dir() and any(path.iterdir()) and not (path / INFO).exists():
+        raise ArtifactError(f"{path}: holds other files and no {INFO}; give a new folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        yield fresh
+        fresh.chmod(0o755)
+        old = fresh.with_name(fresh.name + ".old")
+        if path.exists():
+            os.rename(path, old)
+        try:
+            os.rename(fresh, path)
+        except OSError:
+            if old.exists():
+                os.rename(old, path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
