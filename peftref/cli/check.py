@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import BaseModel
@@ -18,7 +18,9 @@ from peftref.spec.loader import Node, node_of, read_yaml, validated
 from peftref.spec.technique import COMBINATORS, Expression
 from peftref.spec.template import Template
 
-__all__ = ["check_words", "command"]
+__all__ = ["TaskName", "check_words", "command"]
+
+TaskName = Literal["features", "classification", "regression", "causal_lm", "seq2seq_lm"]
 
 
 def command(
@@ -30,24 +32,20 @@ def command(
         str | None,
         typer.Option(metavar="PATH", help="Folder or hub name of a model to compile them for."),
     ] = None,
-    task: Annotated[str, typer.Option(help="Task head of the backbone.")] = "auto",
+    task: Annotated[TaskName, typer.Option(help="Head of the backbone.")] = "features",
     json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
 ) -> None:
     """Check specifications; with a backbone, compile them for it.
 
     All are checked, also after the first that is wrong. Exit code 2 if any is.
     """
-    table = None
-    if backbone is not None:
-        from peftref.cli.planning import read_backbone
-
-        table = read_backbone(backbone, task)
+    compiled = _compiler(backbone, task) if backbone is not None else None
     results: list[dict[str, object]] = []
     for source in specifications:
         try:
             found = _found(source)
-            if table is not None:
-                found += f"; {table.compiled(load(source))}"
+            if compiled is not None:
+                found += f"; {compiled(source)}"
         except PeftRefError as error:
             results.append({"source": source, "valid": False, "message": str(error)})
         else:
@@ -55,6 +53,20 @@ def command(
     _print(results, json=json)
     if not all(result["valid"] for result in results):
         raise typer.Exit(2)
+
+
+def _compiler(backbone: str, task: TaskName) -> Callable[[str], str]:
+    """Return a function that compiles for the backbone and says how much is trained."""
+    from peftref.backbone.hf import meta_model
+    from peftref.compiler import compile as compile_plan
+
+    model = meta_model(backbone, task)
+
+    def compiled(source: str) -> str:
+        plan = compile_plan(load(source), model)
+        return f"{plan.trainable_parameters:,} trainable parameters"
+
+    return compiled
 
 
 def _print(results: Sequence[dict[str, object]], *, json: bool) -> None:

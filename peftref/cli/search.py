@@ -1,0 +1,124 @@
+"""``peftref search``: find compositions of high score and few parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peftref.cli.progress import Screen
+from peftref.cli.style import note, print_json, print_table, print_text
+from peftref.errors import SpecError
+
+if TYPE_CHECKING:
+    from peftref.search.settings import SearchRun
+
+__all__ = ["command", "print_result"]
+
+
+def command(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Run file with a search section.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="FILE", help="The same, as an option.")
+    ] = None,
+    space: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML with the techniques to search over.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Folder or hub name of the backbone; 'minilm'.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Data set: file, folder or name.")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Candidates to train.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Wall time of everything: 90s, 8m, 1h30m.")
+    ] = None,
+    max_params: Annotated[
+        str | None, typer.Option(help="Most trainable parameters: a count, or 1% of the backbone.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Trainings at once.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of proposals and trainings.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder; resumed if it exists.")] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Set a field of the run file."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Search for compositions of high score and few trainable parameters.
+
+    Without arguments it searches the embedded example. The same command resumes an interrupted
+    search: at most the trainings that were running are lost.
+    """
+    if file is not None and run is not None:
+        raise SpecError("a run file is given twice: as an argument and with --run")
+    from peftref.search.load_run import load_run
+
+    flags: dict[str, object] = {
+        "backbone": backbone, "data": data, "seed": seed, "search.trials": trials,
+        "search.budget": budget, "search.max_parameters": max_params, "search.workers": workers,
+        "output": str(output) if output is not None else None,
+    }
+    _search(load_run(file or run, space, flags, assignments or []), json=json)
+
+
+def _search(run: SearchRun, *, json: bool) -> None:
+    from peftref.search.run import default_folder, model_tools, search
+
+    folder = Path(run.output) if run.output is not None else default_folder(run)
+    note(f"Run folder: {folder}. Watch it with: peftref status {folder}")
+    with Screen() as screen:
+        try:
+            report = search(run, folder, model_tools(), screen.show)
+        except KeyboardInterrupt:
+            note(f"Interrupted. The same command resumes {folder}.")
+            raise
+    if json:
+        print_json(report)
+    else:
+        print_result(report)
+
+
+def print_result(report: dict[str, Any]) -> None:
+    """Print the front, the finalists, the verdict and the test."""
+    front = set(report["front"])
+    members = [row for row in report["trials"] if row["number"] in front]
+    rows = [
+        (row["label"], row["kind"], f"{row['parameters']:,}", f"{row['score']:.4f}")
+        for row in sorted(members, key=lambda row: row["parameters"])
+    ]
+    print_text("Front: validation score against trainable parameters (head not counted)")
+    print_table(["composition", "kind", "parameters", "score"], rows, right=["parameters", "score"])
+    print_text()
+    _print_finalists(report["confirmed"])
+    print_text(report["verdict"])
+    test = report["test"]
+    if test is None:
+        print_text("The test split was not opened.")
+    else:
+        metrics = ", ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
+                            for name, value in test["metrics"].items())
+        print_text(f"Held-out test, opened once for the best artifact: {metrics}")
+    counts, seconds = report["counts"], report["seconds"]
+    print_text(
+        f"{counts['proposed']} candidates tried: {counts['trained']} trained, {counts['failed']} "
+        f"failed, {counts['infeasible']} refused before training, {counts['duplicate']} repeated; "
+        f"{seconds['wall']:.0f} s of wall time."
+    )
+    print_text(f"Best artifact: {report['folder']}/best")
+    print_text(f"Report: {report['folder']}/report.html")
+
+
+def _print_finalists(confirmed: list[dict[str, Any]]) -> None:
+    rows: list[tuple[str, ...]] = []
+    for row in confirmed:
+        spread = "" if row["interval"] is None else f" ± {row['interval']:.4f}"
+        mean = f"{row['mean']:.4f}{spread}" if row["scores"] else "not confirmed"
+        rows.append((row["label"], row["kind"], f"{row['parameters']:,}", mean,
+                     str(len(row["scores"]))))
+    print_text("Finalists on fresh seeds: mean and 95 % interval")
+    print_table(["composition", "kind", "parameters", "score", "seeds"], rows,
+                right=["parameters", "score", "seeds"])
+    print_text()

@@ -1,0 +1,188 @@
+"""``peftref show``: what a technique is, and what it does to a backbone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peftref.cli.check import TaskName
+from peftref.cli.describe import describe_plan, describe_spec
+from peftref.cli.style import count, memory, note, print_json, print_table, print_text
+from peftref.errors import SpecError
+from peftref.ir.plan import Plan
+from peftref.spec import load, to_yaml
+
+__all__ = ["command"]
+
+
+def command(
+    specification: Annotated[
+        str, typer.Argument(metavar="EXPR", help="Name, expression or file of a technique.")
+    ],
+    backbone: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Folder or hub name of a model.")
+    ] = None,
+    task: Annotated[TaskName, typer.Option(help="Head of the backbone.")] = "features",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens a step, for costs.")] = 1024,
+    graph: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the graph: .svg, .dot or .mmd.")
+    ] = None,
+    passes: Annotated[bool, typer.Option("--passes", help="Tell what each pass did.")] = False,
+    yaml: Annotated[bool, typer.Option("--yaml", help="Print it resolved, as YAML.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
+) -> None:
+    """Show what a technique is and what it does to a backbone.
+
+    The backbone's weights are not read, so this takes seconds for a model of any size.
+    """
+    spec = load(specification)
+    if backbone is None and (graph is not None or passes):
+        raise SpecError("--graph and --passes show what is compiled: give --backbone PATH")
+    if yaml:
+        print_text(to_yaml(spec).rstrip())
+        return
+    described, plan = describe_spec(specification, spec), None
+    if backbone is not None:
+        from peftref.backbone.hf import meta_model
+        from peftref.compiler import compile as compile_plan
+
+        plan = compile_plan(spec, meta_model(backbone, task), tokens=tokens)
+        described["plan"] = describe_plan(plan, tokens)
+    if json:
+        print_json(described)
+    else:
+        _print_spec(described)
+        if plan is not None:
+            _print_plan(backbone or "", described["plan"], passes=passes)
+    if plan is not None and graph is not None:
+        _draw(plan, graph)
+
+
+def _draw(plan: Plan, path: Path) -> None:
+    from peftref.cli.drawing import draw
+
+    if plan.graph is None:
+        raise SpecError("the plan has no graph to draw")
+    draw(plan.graph, path)
+    note(f"wrote {path}")
+
+
+def _print_spec(found: Mapping[str, Any]) -> None:
+    reference = found["reference"]
+    source = f", {reference['paper']}, {reference['url']}" if reference else ""
+    print_text(f"{found['name']}{source}\n")
+    rows: Sequence[Mapping[str, str]] = found["typology"]
+    heads = [name for name in rows[0] if name != "module"]
+    # Properties go down and modules across, as in the paper's table.
+    print_table(
+        ("property", *(row["module"] for row in rows)),
+        ([head.replace("_", " "), *(row[head] for row in rows)] for head in heads),
+    )
+    print_text()
+    for module in found["modules"]:
+        port = "" if module["port"] == "output" else f".{module['port']}"
+        print_text(f"{module['module']} at {module['site']}{port}: {module['function']}")
+    for kind in ("couplings", "procedures"):
+        for item in found[kind]:
+            members = f" of {', '.join(item['members'])}" if item.get("members") else ""
+            values = ", ".join(f"{key}={value}" for key, value in item["arguments"].items())
+            print_text(f"{kind[:-1]} {item['name']}{members}" + (f": {values}" if values else ""))
+    for name, rate in found["learning_rates"].items():
+        print_text(f"learning rate of {name}: {rate['default']:g} ({rate['source']})")
+    if found["parameters"]:
+        print_text()
+        print_table(("parameter", "value", "values", "in PEFT", "about"), _parameters(found))
+
+
+def _parameters(found: Mapping[str, Any]) -> list[list[object]]:
+    rows: list[list[object]] = []
+    for name, parameter in found["parameters"].items():
+        allowed = parameter["type"]
+        if "range" in parameter:
+            low, high = parameter["range"]
+            allowed = f"{low:g} to {high:g}"
+        elif "choices" in parameter:
+            allowed = ", ".join(map(str, parameter["choices"]))
+        about = parameter.get("doc", "")
+        rows.append([name, parameter["default"], allowed, parameter.get("peft", ""), about])
+    return rows
+
+
+def _print_plan(backbone: str, plan: Mapping[str, Any], *, passes: bool) -> None:
+    layers = ", ".join(f"{number} {stack} layers" for stack, number in plan["layers"].items())
+    print_text(
+        f"\non {backbone}: {plan['family']}, {layers}, width {plan['hidden_size']}, "
+        f"{count(plan['backbone_parameters'])} parameters\n"
+    )
+    print_table(
+        ("module", "site", "sites", "tensors", "a site", "all", "stage"),
+        (
+            (
+                edit["module"], edit["site"], edit["sites"], _tensors(edit["tensors"]),
+                f"{edit['per_site']:,}", f"{edit['total']:,}",
+                edit["stage"] if edit["form"] is None else f"{edit['stage']}, {edit['form']}",
+            )
+            for edit in plan["edits"]
+        ),
+        right=("sites", "a site", "all"),
+    )  # fmt: skip
+    cost, added = plan["cost"], plan["cost"]["forward_flops"]
+    share = added / max(cost["backbone_forward_flops"], 1)
+    print_text(
+        f"\ntrainable   {plan['trainable_parameters']:,} parameters, "
+        f"{plan['trainable_share']:.3%} of the backbone; the task head is not counted\n"
+        f"compute     {count(added)} FLOPs more in a forward pass of {cost['tokens']:,} tokens, "
+        f"{share:.2%} of the backbone's linear modules\n"
+        f"memory      {memory(cost['parameter_bytes'])} of parameters, "
+        f"{memory(cost['optimiser_bytes'])} of gradients and Adam moments (float32)"
+    )
+    _print_properties(plan)
+    if passes:
+        print_text()
+        print_table(
+            ("pass", "nodes", "what it did"),
+            ((record["name"], record["nodes"], record["summary"]) for record in plan["passes"]),
+            right=("nodes",),
+        )
+
+
+def _tensors(tensors: Mapping[str, Mapping[str, Any]]) -> str:
+    parts: list[str] = []
+    for name, tensor in tensors.items():
+        shape = "x".join(map(str, tensor["shape"])) or "1"
+        marks = ["shared"] * tensor["shared"] + ["frozen"] * (not tensor["trainable"])
+        parts.append(f"{name} {shape}" + (f" ({', '.join(marks)})" if marks else ""))
+    return ", ".join(parts)
+
+
+def _print_properties(plan: Mapping[str, Any]) -> None:
+    properties = plan["properties"]
+    same = "equals the backbone's" if properties["identity_at_init"] else "differs from it"
+    print_text(f"at init     the output {same}")
+    print_text(f"mergeable   {'yes' if properties['mergeable'] else 'no'}")
+    for reason, sites in _reasons(properties["blockers"]).items():
+        print_text(f"            {reason}" + (f" ({sites} sites)" if sites > 1 else ""))
+    for target, blockers in plan["servable"].items():
+        reasons = "; ".join(_reasons(blockers)) or "yes"
+        print_text(f"serve as    {target}: {reasons if not blockers else f'no, {reasons}'}")
+    for text in properties["order_notes"]:
+        print_text(f"order       {text}")
+    for name, text in (
+        ("mixes_tokens", "a row depends on other rows: no cached decoding"),
+        ("needs_token_mask", "the padding mask is read"),
+        ("needs_data", "data are seen before the first step"),
+    ):
+        if properties[name]:
+            print_text(f"needs       {text}")
+
+
+def _reasons(blockers: Sequence[str]) -> Counter[str]:
+    """Count blockers that differ in their site only."""
+    return Counter(
+        f"{place.split(' @ ')[0]}: {reason}" if reason else place
+        for place, _, reason in (text.partition(": ") for text in blockers)
+    )
