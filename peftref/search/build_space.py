@@ -37,7 +37,7 @@ def build_space(settings: SpaceSettings, layers: int) -> Space:
 
 
 def _layers(name: str, count: int) -> str:
-    """Return what a selector calls the named part of the layers; a selector is returned as it is."""
+    """Return what a selector calls the named part of the layers; a selector stays as it is."""
     named = {
         "all": "all",
         "lower": f"0:{math.ceil(count / 2)}",
@@ -98,7 +98,10 @@ def _dimension(
     ordered = parameter.type in ("int", "float")
     if ordered:
         kept.sort(key=float)
-    return Dimension(name, tuple(kept), ordered, _nearest(kept, parameter.default, ordered=ordered))
+    usual = parameter.default
+    implied = usual if isinstance(usual, bool | int | float | str) else None
+    nearest = _nearest(kept, usual, ordered=ordered)
+    return Dimension(name, tuple(kept), ordered, nearest, implied)
 
 
 def _values(use: str, name: str, parameter: Parameter) -> list[Value]:

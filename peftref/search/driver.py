@@ -11,7 +11,6 @@ command goes on where it was and loses at most the running jobs.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from peftref.search.folder import RunFolder
 from peftref.search.jobs import Event, Job
 from peftref.search.record import Record, front_of
 from peftref.search.settings import SearchRun
+from peftref.search.state import live_state
 from peftref.search.study import Study
 
 __all__ = ["Driver", "Watcher"]
@@ -48,7 +48,7 @@ class Driver:
         watch: called with the live state after every change.
     """
 
-    def __init__(  # noqa: PLR0913 - what a driver drives
+    def __init__(
         self, run: SearchRun, folder: RunFolder, study: Study,
         open_executor: Callable[[], Executor], clock: Clock, watch: Watcher,
     ) -> None:
@@ -260,25 +260,9 @@ class Driver:
         )
 
     def _tell_watcher(self) -> None:
-        records = list(self._study.records.values())
-        counts = {name: sum(r.outcome == name for r in records)
-                  for name in ("trained", "duplicate", "infeasible", "failed")}
-        running = [
-            {"job": job.id, "label": self._label(job), **self._progress.get(job.id, {})}
-            for job in self._running.values()
-        ]
-        front = [
-            {"label": r.label, "kind": r.kind, "score": r.score, "parameters": r.parameters}
-            for r in front_of(records)
-        ]
-        state = {
-            "phase": self._phase, "elapsed": self._clock.now, "budget": self._clock.budget,
-            "trials": self._run.search.trials, **counts, "lost": self._lost, "running": running,
-            "front": front, "pid": os.getpid(),
-        }
+        state = live_state(
+            self._run, self._phase, self._clock, self._study.records.values(),
+            self._running.values(), self._progress, self._lost,
+        )
         self._folder.write_state(state)
         self._watch(state)
-
-    def _label(self, job: Job) -> str:
-        seed = "" if job.seed == self._run.seed else f", seed {job.seed}"
-        return f"{job.composition or 'task head only'}{seed}"

@@ -9,9 +9,13 @@ import plotly.graph_objects as go
 
 __all__ = ["figures"]
 
-_MARKS = {"floor": ("task head only", "x", "#777777"), "single": ("single technique", "circle",
-          "#0072b2"), "hybrid": ("combination", "diamond", "#d55e00")}
-_LAYOUT = {"template": "plotly_white", "height": 420, "margin": {"l": 60, "r": 20, "t": 40, "b": 50}}
+_MARKS = {
+    "floor": ("task head only", "x", "#777777"),
+    "single": ("single technique", "circle", "#0072b2"),
+    "hybrid": ("combination", "diamond", "#d55e00"),
+}
+_MARGIN = {"l": 60, "r": 20, "t": 40, "b": 50}
+_LAYOUT: dict[str, Any] = {"template": "plotly_white", "height": 420, "margin": _MARGIN}
 
 
 def figures(data: Mapping[str, Any]) -> dict[str, go.Figure]:

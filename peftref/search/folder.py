@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from peftref.errors import SearchError
 from peftref.search.settings import SearchRun
-from peftref.spec.loader import parse_yaml, plain, to_text, validated
+from peftref.spec.loader import parse_yaml, to_text, validated
 
 __all__ = ["RunFolder", "identity", "read_state"]
 
@@ -107,7 +106,7 @@ class RunFolder:
             strangers = [p.name for p in self.path.iterdir() if p.name != "lock"]
             if strangers:
                 raise SearchError(
-                    f"{self.path} is not a run folder: it holds {sorted(strangers)[0]!r} and no "
+                    f"{self.path} is not a run folder: it holds {min(strangers)!r} and no "
                     "settings.yaml. Choose an empty or new folder with --output."
                 )
             return
@@ -156,4 +155,4 @@ def read_state(path: Path) -> dict[str, Any]:
 def _replace(file: Path, text: str) -> None:
     fresh = file.with_name(f"{file.name}.new")
     fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, file)
+    fresh.replace(file)

@@ -67,7 +67,8 @@ class Record:
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Return the record whose ``asdict`` went through JSON."""
         curve = tuple((int(step), float(loss)) for step, loss in data["curve"])
-        return cls(**{**data, "members": tuple(data["members"]), "curve": curve})
+        lists: dict[str, Any] = {"members": tuple(data["members"]), "curve": curve}
+        return cls(**{**data, **lists})
 
 
 def front_of(records: Iterable[Record]) -> list[Record]:

@@ -19,9 +19,9 @@ from peftref.search.folder import RunFolder, identity
 from peftref.search.report import write_report
 from peftref.search.settings import SearchRun
 from peftref.search.study import Rules, Screen, Study, open_study
-from peftref.search.worker import SessionFactory
+from peftref.search.worker import SessionFactory, model_session
 
-__all__ = ["Tools", "default_folder", "search"]
+__all__ = ["Tools", "default_folder", "model_tools", "search"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,17 @@ class Tools:
     screen: Callable[[SearchRun], Screen]
     factory: SessionFactory
     worker_settings: Callable[[SearchRun], str]
+
+
+def model_tools() -> Tools:
+    """Return the tools on real models; torch is imported when they are used."""
+    return Tools(_screen, model_session, lambda run: run.training().model_dump_json())
+
+
+def _screen(run: SearchRun) -> Screen:
+    from peftref.search.screen import BackboneScreen
+
+    return BackboneScreen(run)
 
 
 def default_folder(run: SearchRun) -> Path:

@@ -26,7 +26,8 @@ def seconds(value: Any) -> Any:  # noqa: ANN401 - the loader's border
     match = _DURATION.fullmatch(value.strip())
     if match is None or not any(match.groups()):
         raise ValueError(f"a duration is written 90s, 8m or 1h30m, not {value!r}")
-    return sum(float(n) * unit for n, unit in zip(match.groups(), _UNITS.values()) if n)
+    pairs = zip(match.groups(), _UNITS.values(), strict=True)
+    return sum(float(n) * unit for n, unit in pairs if n)
 
 
 def _share(value: Any) -> Any:  # noqa: ANN401 - the loader's border
@@ -58,7 +59,7 @@ class Choice(Frozen):
         if isinstance(value, str):
             return {"use": value}
         if isinstance(value, dict) and isinstance(value.get("vary"), list | tuple):
-            return {**value, "vary": {name: None for name in value["vary"]}}
+            return {**value, "vary": dict.fromkeys(value["vary"])}
         return value
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -34,12 +34,21 @@ _RATE_STEP = 0.5  # in powers of two: finer differences are noise, and coarse on
 
 @dataclass(frozen=True, slots=True)
 class Dimension:
-    """A searched parameter: its values, whether they are ordered, and the usual one."""
+    """A searched parameter.
+
+    Attributes:
+        name: of the parameter.
+        values: what a candidate may have, ascending where ordered.
+        ordered: whether they are numbers.
+        default: index of the value nearest to the spec's default.
+        implied: the spec's default, which an expression need not write.
+    """
 
     name: str
     values: tuple[Value, ...]
     ordered: bool
     default: int
+    implied: Value | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,8 +230,7 @@ def rate_exponents(low: float, high: float) -> tuple[float, float]:
 def _suggest_index(trial: Trial, name: str, dim: Dimension) -> Value:
     if dim.ordered:
         return trial.suggest_int(name, 0, len(dim.values) - 1)
-    choices: Sequence[Value] = dim.values
-    return trial.suggest_categorical(name, choices)
+    return dim.values[dim.values.index(trial.suggest_categorical(name, dim.values))]
 
 
 def _coded(dim: Dimension, index: int) -> Value:
@@ -237,7 +245,9 @@ def _member(option: Option, level: int, layers: str, point: Point) -> str:
         arguments[option.size.name] = option.size.values[level]
     for dim in option.others:
         coded = point.get(f"{option.name}.{dim.name}", _coded(dim, dim.default))
-        arguments[dim.name] = dim.values[int(coded)] if dim.ordered else coded
+        value = dim.values[int(coded)] if dim.ordered else coded
+        if value != dim.implied:
+            arguments[dim.name] = value
     if option.layered and layers != "all":
         arguments["layers"] = layers
     if not arguments:

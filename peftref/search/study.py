@@ -255,7 +255,7 @@ def open_study(url: str, *, create: bool) -> optuna.Study:
             study_name="search", storage=url, directions=["maximize", "minimize"],
             load_if_exists=True,
         )
-    except Exception as error:  # noqa: BLE001 - SQLAlchemy, alembic and Optuna raise their own
+    except Exception as error:
         raise SearchError(
             f"The study {url} cannot be opened ({type(error).__name__}: {str(error)[:200]}). "
             "Delete the run folder or choose another with --output."

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from scipy import stats
 
@@ -129,7 +130,7 @@ def _rank_correlation(records: Sequence[Record]) -> dict[str, float] | None:
     last = [curve[-1][1] for curve in curves]
     if len(curves) < 3 or len(set(first)) < 2 or len(set(last)) < 2:
         return None
-    rho = float(stats.spearmanr(first, last).statistic)
+    rho = float(np.corrcoef(stats.rankdata(first), stats.rankdata(last))[0, 1])
     return {"rho": rho, "trainings": len(curves), "step": curves[0][0][0], "of": curves[0][-1][0]}
 
 

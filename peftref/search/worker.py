@@ -16,7 +16,7 @@ from typing import Protocol
 from peftref.errors import PeftRefError
 from peftref.search.jobs import Event, Job, Json
 
-__all__ = ["Report", "SessionFactory", "TrialSession", "serve", "work"]
+__all__ = ["Report", "SessionFactory", "TrialSession", "model_session", "serve", "work"]
 
 Report = Callable[[dict[str, Json]], None]
 
@@ -37,6 +37,13 @@ SessionFactory = Callable[[str], TrialSession]
 """Makes a session from the settings as JSON text; a module-level function, so it can be spawned."""
 
 
+def model_session(settings: str) -> TrialSession:
+    """Make a session on real models from run settings as JSON; imports torch."""
+    from peftref.search.session import ModelSession
+
+    return ModelSession(settings)
+
+
 def work(session: TrialSession, job: Job, worker: int, emit: Callable[[Event], None]) -> None:
     """Run one job and emit what happens; an error of the job is an event, not an exception."""
     emit(Event("started", worker, job.id))
@@ -48,7 +55,7 @@ def work(session: TrialSession, job: Job, worker: int, emit: Callable[[Event], N
         data = session.fit(job, report) if job.kind == "fit" else session.test(job)
     except (BrokenPipeError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a job or a session of anyone may raise anything
         emit(Event("failed", worker, job.id, _describe(error)))
     else:
         emit(Event("finished", worker, job.id, data))
@@ -76,7 +83,7 @@ def serve(
 
     try:
         session = factory(settings)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a job or a session of anyone may raise anything
         emit(Event("unusable", worker, data=_describe(error)))
         return
     emit(Event("ready", worker))

@@ -21,7 +21,7 @@ TECHNIQUES = [
 
 def run_of(**options: Any) -> SearchRun:
     """A run over four techniques; ``options`` go to the search section."""
-    chosen = {"trials": 8, "executor": "inline", "sampler": "random", **options}
+    chosen: dict[str, Any] = {"trials": 8, "executor": "inline", "sampler": "random", **options}
     space = chosen.pop("space", {})
     chosen["space"] = {"techniques": TECHNIQUES, **space}
     return SearchRun.model_validate({"backbone": "fake", "data": "fake", "search": chosen})

@@ -1,7 +1,7 @@
 """Where jobs run, behind one protocol.
 
-A further executor (a cluster) implements :class:`Executor` and adds one line to :func:`open_executor`;
-the contract suite in ``tests/search`` runs over all of them.
+A further executor (a cluster) implements :class:`Executor` and adds one line to
+:func:`open_executor`; the contract suite in ``tests/search`` runs over all of them.
 """
 
 from __future__ import annotations
