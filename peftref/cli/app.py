@@ -12,11 +12,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from peftref import __version__
 from peftref.errors import PeftRefError, SpecError
 from peftref.registry import load_plugin
 
@@ -104,7 +104,7 @@ def _not_loaded() -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        sys.stdout.write(f"peftref {version('peftref')}\n")
+        sys.stdout.write(f"peftref {__version__}\n")
         raise typer.Exit
 
 
