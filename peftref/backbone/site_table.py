@@ -11,10 +11,10 @@ from peftref.spec.typology import Port
 __all__ = ["ADDED", "Argument", "AttentionShape", "RowSlice", "Site", "SiteKind", "SiteTable"]
 
 ADDED = "peftref"
-"""Start of the name of every module and tensor that peftref registers on a model.
+"""Name of the child module under which peftref registers what it adds to a module of a model.
 
-The site table, the parameter count and the weight hash of a backbone leave such names out, so
-they are the same before and after an adapter is attached.
+The site table, the parameter count and the weight hash of a backbone leave it out, so they are
+the same before and after an adapter is attached.
 """
 
 

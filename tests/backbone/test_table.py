@@ -104,8 +104,8 @@ def test_what_peftref_adds_is_not_in_the_table() -> None:
     model = tiny("llama", "causal_lm")
     before = site_table(model)
     inner = model.get_submodule("model.layers.0.mlp.up_proj")
-    inner.add_module(f"{ADDED}edits", torch.nn.Linear(32, 4))
-    model.add_module(f"{ADDED}shared", torch.nn.Linear(4, 4))
+    inner.add_module(ADDED, torch.nn.Linear(32, 4))
+    model.add_module(ADDED, torch.nn.Linear(4, 4))
     assert site_table(model) == before
 
 
