@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from peftref.errors import ArtifactError, BackboneError, TrainingError
-from peftref.ir.plan import Plan
 from peftref.exporting import export_peft, save
+from peftref.ir.plan import Plan
 from peftref.lowering.attach import Attachment, detach_plan, refresh, root_state
 from peftref.lowering.merge import merge_modules, unmerge_modules
 from peftref.lowering.root import RootState
@@ -245,7 +245,10 @@ class Adapted:
 
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
-        """Within this context the model is the backbone."""
+        """Within this context the model is the backbone; what is merged is merged again after."""
+        merged = self.merged
+        if merged:
+            self.unmerge()
         states = [state_of(module) for module in self.attached().modules.values()]
         held = [state.adapters[self.name] for state in states]
         before = [edits.active for edits in held]
@@ -255,6 +258,8 @@ class Adapted:
             yield self.model
         finally:
             self._activate(states, held, before, carriers)
+            if merged:
+                self.merge(partial=True)
 
     def _activate(
         self, states: list[Any], held: list[Any], active: list[bool], carriers: list[bool]
@@ -279,6 +284,12 @@ class Adapted:
         """
         self.verify()
         return merge_modules(self.model, self.attached(), partial=partial)
+
+    @property
+    def merged(self) -> bool:
+        """Whether something of the adapter is folded into the backbone."""
+        modules = self.attached().modules.values()
+        return any(state_of(module).adapters[self.name].merged for module in modules)
 
     def unmerge(self) -> None:
         """Undo ``merge`` bit for bit, from kept copies."""
@@ -344,5 +355,5 @@ def _procedure(name: str, arguments: Mapping[str, Any]) -> Procedure[Any]:
     return kind(kind.Arguments(**arguments))
 
 
-def _no_forward(batch: Mapping[str, Any]) -> Tensor:
+def _no_forward(_: Mapping[str, Any]) -> Tensor:
     raise TrainingError("this procedure needs no data")

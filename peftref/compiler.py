@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from peftref.adapted import Adapted
 from peftref.artifact import read
@@ -42,7 +42,7 @@ class _Registries:
         return procedures.get(name)
 
 
-def compile(spec: Source, model: nn.Module, *, tokens: int = 1024) -> Plan:  # noqa: A001
+def compile(spec: Source, model: PreTrainedModel, *, tokens: int = 1024) -> Plan:  # noqa: A001
     """Compile a technique or composition for a backbone, without touching it.
 
     Args:
@@ -74,7 +74,7 @@ def compile_table(composition: CompositionSpec, table: SiteTable, *, tokens: int
 
 
 def attach(
-    model: nn.Module, plan: Plan | Source, *, name: str = "default", seed: int = 0
+    model: PreTrainedModel, plan: Plan | Source, *, name: str = "default", seed: int = 0
 ) -> Adapted:
     """Apply a plan to a model in place.
 
@@ -96,12 +96,16 @@ def attach(
     if not isinstance(plan, Plan):
         plan = compile(plan, model)
     adapted = Adapted(model, attach_plan(model, plan, name, seed), seed)
-    adapted.setup_without_data()
+    try:
+        adapted.setup_without_data()
+    except PeftRefError:
+        adapted.detach()
+        raise
     return adapted
 
 
 def restore(
-    model: nn.Module,
+    model: PreTrainedModel,
     path: str | Path,
     *,
     name: str = "default",
@@ -128,9 +132,9 @@ def restore(
             f"{artifact.info['backbone'].get('dtype')}), or pass check_backbone=False"
         )
     plan = compile(artifact.composition, model)
-    stored = {t.name for t in plan.tensors if t.spec.trainable or t.spec.buffer}
-    if stored != artifact.tensors.keys():
-        odd = sorted(stored ^ artifact.tensors.keys())
+    planned = {t.name for t in plan.tensors if t.spec.trainable or t.spec.buffer}
+    odd = sorted(planned ^ set(artifact.tensors))
+    if odd:
         raise ArtifactError(
             f"{path}: its tensors do not fit this model: {len(odd)} differ, first {odd[0]!r}"
         )

@@ -15,7 +15,7 @@ from peftref.artifact.peft_format import LowRank
 from peftref.backbone.hf import weight_hash
 from peftref.errors import ArtifactError
 from peftref.lowering.low_rank import low_rank_factors
-from peftref.lowering.swap import original_class, state_of
+from peftref.lowering.swap import original_class
 from peftref.lowering.weight import is_transposed
 from peftref.registry import loaded_plugins
 
@@ -31,8 +31,7 @@ def save(adapted: Adapted, path: Path, metadata: Mapping[str, Any]) -> Path:
     Raises:
         ArtifactError: it cannot be written, or the adapter is merged.
     """
-    attachment = adapted.attached()
-    if any(state_of(m).adapters[adapted.name].merged for m in attachment.modules.values()):
+    if adapted.merged:
         raise ArtifactError("the adapter is merged into the backbone; unmerge before saving")
     tensors = dict(adapted.state_dict())
     tensors.update({f"{HEAD}{name}": tensor for name, tensor in adapted.head.items()})

@@ -11,8 +11,8 @@ from pydantic import Field
 from peftref.errors import CompositionError
 from peftref.interactions.base import Coupling, CouplingArguments
 from peftref.ir.graph import AdapterGraph
-from peftref.ir.types import OperationNode, TensorNode
 from peftref.ir.primitive import Algebra, Arguments, Operation, Place, Primitive, Runtime
+from peftref.ir.types import OperationNode, TensorNode
 from peftref.registry import couplings
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Mix(Coupling[MixArguments]):
         for write_address, _ in graph.writes(members):
             for address, node in graph.operations_of(write_address):
                 if not node.primitive.on_tensors:
-                    copied += self._copy(graph, address, shared)
+                    copied += self._copy(graph, address, members, shared)
         unknown = [name for name in self.arguments.share if name not in shared]
         if unknown:
             raise CompositionError(
@@ -97,12 +97,19 @@ class Mix(Coupling[MixArguments]):
             )
         return f"{copied} tensors in {self.arguments.copies} copies"
 
-    def _copy(self, graph: AdapterGraph, address: int, shared: set[str]) -> int:
+    def _copy(
+        self, graph: AdapterGraph, address: int, members: tuple[str, ...], shared: set[str]
+    ) -> int:
         route: int | None = None
         inputs = list(graph.inputs(address))
         copied = 0
         for index, source in enumerate(inputs):
             node = graph.node(source)
+            if isinstance(node, OperationNode) and node.primitive.on_tensors:
+                raise CompositionError(
+                    f"mix: a tensor of {', '.join(members)} is mixed or pruned already; "
+                    "one mix for each member, inside of prune: prune(mix(...))"
+                )
             if not isinstance(node, TensorNode) or not node.spec.trainable:
                 continue
             hits = [g for g in self.arguments.share if fnmatchcase(node.spec.name, g)]

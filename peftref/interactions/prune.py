@@ -10,8 +10,8 @@ from pydantic import Field
 from peftref.errors import CompositionError
 from peftref.interactions.base import Coupling, CouplingArguments
 from peftref.ir.graph import AdapterGraph
-from peftref.ir.types import OperationNode, TensorNode
 from peftref.ir.primitive import Algebra, Arguments, Operation, Place, Primitive, Runtime
+from peftref.ir.types import OperationNode, TensorNode
 from peftref.registry import couplings
 from peftref.spec.technique import ProcedureSpec
 

@@ -16,8 +16,8 @@ from peftref.ir.types import Stage
 from peftref.lowering.initialise import initial_tensor
 from peftref.lowering.prefix import interface_name, register_interface
 from peftref.lowering.root import RootState, SwappedRoot, root_class
-from peftref.lowering.state import CHILD, AdapterEdits, AdapterState, CallContext
-from peftref.lowering.swap import is_swapped, state_of, swap, unswap
+from peftref.lowering.state import CHILD, AdapterEdits, CallContext
+from peftref.lowering.swap import is_swapped, original_class, state_of, swap, unswap
 from peftref.lowering.weight import dense_weight
 
 __all__ = ["Attachment", "attach_plan", "detach_plan", "refresh", "root_state", "swapped_modules"]
@@ -120,7 +120,9 @@ def _swap_module(
     try:
         module = model.get_submodule(path)
     except AttributeError:
-        raise BackboneError(f"the model has no module {path!r}; was the plan made for it?") from None
+        raise BackboneError(
+            f"the model has no module {path!r}; was the plan made for it?"
+        ) from None
     if module is model:
         raise BackboneError("the model itself cannot carry an edit; select modules inside it")
     substitutes: set[str] = set()
@@ -233,7 +235,7 @@ def _switch_attention(model: nn.Module, root: RootState, attachment: Attachment)
             raise BackboneError(f"{edit.write.label}: its attention does not use transformers' "
                                 "attention interface; prefixes cannot be inserted")
         configs[id(config)] = config
-        register_interface(config._attn_implementation, module)
+        register_interface(config._attn_implementation)
     # Stacks of one model may hold copies of the config: all of them build masks by this name.
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -243,7 +245,7 @@ def _switch_attention(model: nn.Module, root: RootState, attachment: Attachment)
         before = config._attn_implementation
         if before is None or before.startswith("peftref_"):
             continue
-        register_interface(before, model)
+        register_interface(before)
         root.implementations.append((config, before))
         config._attn_implementation_internal = interface_name(before)
 
@@ -266,8 +268,8 @@ def _carry_masks(model: nn.Module, root: RootState, attachment: Attachment) -> N
 def _hide_from_save(model: nn.Module) -> None:
     """Keep adapter keys out of a plain ``save_pretrained``."""
     keys = {k for k in model.state_dict() if f".{CHILD}." in f".{k}"}
-    own = type(model)._keys_to_ignore_on_save if hasattr(model, "_keys_to_ignore_on_save") else None
-    model._keys_to_ignore_on_save = {*(own or ()), *keys}  # pyright: ignore
+    own: set[str] | None = getattr(type(model), "_keys_to_ignore_on_save", None)
+    model.__dict__["_keys_to_ignore_on_save"] = {*(own or ()), *keys}
 
 
 def detach_plan(model: nn.Module, attachment: Attachment) -> None:
@@ -299,7 +301,7 @@ def detach_plan(model: nn.Module, attachment: Attachment) -> None:
         parameter.requires_grad_(True)
     model.__dict__.pop("_keys_to_ignore_on_save", None)
     del model._modules[CHILD]
-    model.__class__ = model.peftref_base  # pyright: ignore
+    model.__class__ = original_class(model)
 
 
 def refresh(model: nn.Module) -> None:
@@ -313,7 +315,7 @@ def refresh(model: nn.Module) -> None:
         for _, edit in state_of(module).bound():
             algebra = edit.edit.write.algebra
             if edit.stage is Stage.TOKENS:
-                guard.vocabulary = module.num_embeddings  # pyright: ignore
+                guard.vocabulary = int(module.num_embeddings)  # pyright: ignore[reportArgumentType]
                 prompt += edit.rows_of_tokens(torch.empty(0)).shape[-2]
             if algebra is not None and algebra.per_sample:
                 mask = True

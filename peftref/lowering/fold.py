@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftref.backbone.site_table import SiteKind
+from peftref.backbone.site_table import RowSlice, SiteKind
 from peftref.ir.types import Stage
 from peftref.lowering.program import BoundEdit, gather_rows, scatter_rows
 from peftref.lowering.weight import dense_weight, is_plain_linear
@@ -56,8 +56,7 @@ class Fold:
         self.carries = carries
         own = [e for e in edits if not _is_span(e)]
         self.linear = any(e.edit.write.site.kind is SiteKind.LINEAR for e in own)
-        self.inputs = [e for e in own if e.stage is Stage.INPUT and e.rows is None]
-        self.sliced_inputs = [e for e in own if e.stage is Stage.INPUT and e.rows is not None]
+        self.inputs = [e for e in own if e.stage is Stage.INPUT]
         weights = [e for e in own if e.stage.on_weight]
         self.weights = sorted(weights, key=lambda e: e.stage)
         self.biases = [e for e in own if e.stage is Stage.BIAS]
@@ -88,13 +87,23 @@ class Fold:
                 return base(module, Carried(stream, read), *rest, **kwargs)
             return base(module, stream, *rest, **kwargs)
 
+        slices: dict[RowSlice, Tensor] = {}
         for edit in self.inputs:
-            read = x if edit.edit.write.read is Port.INPUT else _first(self._weighted(module, call, x))
-            x = edit.join(x, edit.stream(read))
+            if edit.rows is not None:
+                slices[edit.rows] = edit.join_whole(slices.get(edit.rows, x))
+                continue
+            slices = {rows: self._edited(module, call, edit, s) for rows, s in slices.items()}
+            x = self._edited(module, call, edit, x)
         result = self._weighted(module, call, x)
-        y = _first(result)
-        y = self._after(module, x, y, carried)
-        return _replace_first(result, y)
+        y = self._sliced(module, x, slices, _first(result))
+        return _replace_first(result, self._after(x, y, carried))
+
+    def _edited(
+        self, module: nn.Module, call: Callable[[Tensor], Any], edit: BoundEdit, x: Tensor
+    ) -> Tensor:
+        """The input stream after one input edit."""
+        reads_input = edit.edit.write.read is Port.INPUT
+        return edit.join(x, edit.stream(x if reads_input else _first(self._weighted(module, call, x))))
 
     def _prompted(self, module: nn.Module, base: Base, ids: Tensor) -> Tensor:
         """Ids from the vocabulary's size on stand for learned rows."""
@@ -107,9 +116,7 @@ class Fold:
             y = edit.join(y, edit.stream(y))
         return y
 
-    def _after(self, module: nn.Module, x: Tensor, y: Tensor, carried: Tensor | None) -> Tensor:
-        if self.sliced_inputs:
-            y = self._slice_inputs(module, x, y)
+    def _after(self, x: Tensor, y: Tensor, carried: Tensor | None) -> Tensor:
         for edit in self.parallel:
             y = edit.join(y, edit.stream(x))
         for edit in self.outputs:
@@ -181,13 +188,16 @@ class Fold:
         scale = edit.row_scale(weight)
         return scale if edit.rows is None else 1 + scatter_rows(scale - 1, edit.rows)
 
-    def _slice_inputs(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def _sliced(
+        self, module: nn.Module, x: Tensor, slices: dict[RowSlice, Tensor], y: Tensor
+    ) -> Tensor:
         """An input edit of one slice is an extra product with the rows of that slice."""
+        if not slices:
+            return y
         weight = self.weight(module).to(x.dtype)
-        for edit in self.sliced_inputs:
-            change = edit.join_whole(x) - x
-            rows = gather_rows(weight, edit.rows, 0)
-            y = y + scatter_rows(torch.nn.functional.linear(change, rows), edit.rows)
+        for rows, stream in slices.items():
+            change = torch.nn.functional.linear(stream - x, gather_rows(weight, rows, 0))
+            y = y + scatter_rows(change, rows)
         return y
 
     def weight(self, module: nn.Module) -> Tensor:

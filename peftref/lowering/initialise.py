@@ -22,7 +22,7 @@ Draw = Callable[[tuple[int, ...], float, torch.Generator], Tensor]
 def initial_tensor(
     spec: TensorSpec, name: str, seed: int, weight: Callable[[], Tensor] | None = None
 ) -> Tensor:
-    """Return the first value of a tensor, in float32 on the CPU.
+    """Return the first value of a tensor, on the CPU, in float32 or a wider type.
 
     The generator is seeded from ``seed`` and ``name``, so that the value depends neither on the
     order of creation nor on the process.
@@ -60,7 +60,9 @@ def _draw(
     if found["name"] in _FROM_WEIGHT:
         if weight is None:
             raise SpecError(f"{name}: initialiser {spec.init!r} needs the backbone's own tensor")
-        return _FROM_WEIGHT[found["name"]](weight().detach().float().cpu(), shape, generator)
+        frozen = weight().detach().cpu()
+        wide = frozen.to(torch.promote_types(frozen.dtype, torch.float32))
+        return _FROM_WEIGHT[found["name"]](wide, shape, generator)
     value = float(found["value"]) if found["value"] else math.nan
     return _DRAWS[found["name"]](shape, value, generator)
 
@@ -111,7 +113,7 @@ _DRAWS: dict[str, Draw] = {
 }
 
 
-def _weight_norm(weight: Tensor, shape: tuple[int, ...], _: torch.Generator) -> Tensor:
+def _weight_norm(weight: Tensor, _shape: tuple[int, ...], _: torch.Generator) -> Tensor:
     """Norm of each output neuron's inputs."""
     return weight.norm(dim=1)
 

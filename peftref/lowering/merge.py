@@ -53,7 +53,7 @@ def merge_modules(
 
 def _refuse(path: str, module: nn.Module, name: str) -> None:
     state = state_of(module)
-    weights = [e for n, e in state.bound(name) if e.stage.on_weight or e.stage is Stage.INPUT]
+    weights = [e for _, e in state.bound(name) if e.stage.on_weight or e.stage is Stage.INPUT]
     linear = any(e.edit.write.site.kind.value == "linear" for e in weights)
     if linear and not is_plain_linear(module):
         raise MergeError(
@@ -79,7 +79,7 @@ def _merge_module(model: nn.Module, path: str, attachment: Attachment) -> list[s
     if not chosen:
         return left
     weight, bias = _folded(module, state, chosen)
-    kept = Kept({"weight": module._parameters.get("weight"), "bias": module._parameters.get("bias")})
+    kept = Kept({name: module._parameters.get(name) for name in ("weight", "bias")})
     if weight is not None:
         _untie(model, module, kept)
         _put(module, "weight", weight)
@@ -133,21 +133,22 @@ def _folded(
     weight = fold.weight(module).to(wide)
     bias = fold.bias(module)
     bias = None if bias is None else bias.to(wide)
-    for edit in fold.inputs:
-        weight = weight @ edit.matrix(None, wide)
+    for edit in reversed(fold.inputs):  # the last one stands next to the weight
+        eye = torch.eye(weight.shape[1], dtype=wide, device=weight.device)
+        weight = weight @ edit.join_matrix(eye, wide)
     for edit in fold.outputs:
         rows = gather_rows(weight, edit.rows, 0)
-        new = edit.matrix(rows, wide)
+        new = edit.join_matrix(rows, wide)
         weight = new if edit.rows is None else weight + scatter_rows(new - rows, edit.rows, 0)
         if bias is not None:
             part = gather_rows(bias, edit.rows)
-            moved = edit.matrix(part[:, None], wide)[:, 0]
+            moved = edit.join_matrix(part[:, None], wide)[:, 0]
             whole = edit.rows is None
             bias = moved if whole else bias + scatter_rows(moved - part, edit.rows)
     changed = bool(fold.biases or fold.outputs)
     return (
         store_weight(module, weight) if touches else None,
-        bias.to(module.bias.dtype) if bias is not None and changed else None,  # pyright: ignore
+        bias.to(module._parameters["bias"].dtype) if bias is not None and changed else None,
     )
 
 
@@ -182,7 +183,7 @@ def unmerge_modules(model: nn.Module, attachment: Attachment) -> None:
             if name in module._parameters:
                 module._parameters[name] = parameter
         if kept.tie_word_embeddings:
-            model.config.tie_word_embeddings = True  # pyright: ignore
+            model.config.tie_word_embeddings = True  # pyright: ignore[reportAttributeAccessIssue]
         state.adapters[attachment.name].merged = frozenset()
         state.changed()
     refresh(model)

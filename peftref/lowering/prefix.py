@@ -66,7 +66,7 @@ def interface_name(base: str) -> str:
     return base if base.startswith(_PREFIX) else _PREFIX + base
 
 
-def register_interface(base: str, attention: nn.Module) -> str:
+def register_interface(base: str) -> str:
     """Register the prefix form of implementation ``base``; return its name.
 
     The mask function goes with it: under a name that transformers does not know for masks it

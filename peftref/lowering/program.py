@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BoundEdit", "gather_rows", "scatter_rows"]
 
+_ADDS = (IntegrationKind.ADD, IntegrationKind.SCALED_ADD, IntegrationKind.GATED_ADD)
+
 
 def gather_rows(value: Tensor, rows: RowSlice | None, dim: int = -1) -> Tensor:
     """Take the rows of a slice along ``dim``."""
@@ -125,21 +127,16 @@ class BoundEdit:
 
     def join_whole(self, x: Tensor) -> Tensor:
         """The sequential edit of a whole stream, as if no slice were selected."""
-        value = self.stream(x)
-        adds = self.kind in (
-            IntegrationKind.ADD,
-            IntegrationKind.SCALED_ADD,
-            IntegrationKind.GATED_ADD,
-        )
-        return x + value if adds else value
+        return x + self.stream(x) if self.kind in _ADDS else self.stream(x)
+
+    def join_matrix(self, before: Tensor, dtype: torch.dtype) -> Tensor:
+        """The matrix of a sequential edit joined to its stream, applied to ``before``."""
+        value = self.matrix(before, dtype)
+        return before + value if self.kind in _ADDS else value
 
     def join(self, stream: Tensor, value: Tensor) -> Tensor:
         """Join ``value`` to ``stream`` by the integration kind."""
-        if self.kind in (
-            IntegrationKind.ADD,
-            IntegrationKind.SCALED_ADD,
-            IntegrationKind.GATED_ADD,
-        ):
+        if self.kind in _ADDS:
             return stream + scatter_rows(value, self.rows)
         if self.kind is IntegrationKind.RESCALE and self.edit.write.insertion.value == "parallel":
             value = gather_rows(stream, self.rows) * value

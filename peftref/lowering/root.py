@@ -84,10 +84,10 @@ def root_class(base: type[nn.Module]) -> type[nn.Module]:
         if guard.no_cache:
             raise BackboneError(f"generate: {guard.no_cache}")
         if not guard.prompt:
-            return base.generate(self, inputs, **kwargs)  # pyright: ignore
+            return _generate(base)(self, inputs, **kwargs)
         return _generate_with_prompt(self, base, inputs, kwargs)
 
-    def resize_token_embeddings(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def resize_token_embeddings(_: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, ARG001
         raise BackboneError(
             "resize_token_embeddings replaces modules that carry adapters; resize before attach, "
             "or detach first"
@@ -101,10 +101,15 @@ def root_class(base: type[nn.Module]) -> type[nn.Module]:
         "resize_token_embeddings": resize_token_embeddings,
     }
     if hasattr(base, "generate"):
-        members["generate"] = functools.wraps(base.generate)(generate)
+        members["generate"] = functools.wraps(_generate(base))(generate)
     cls = type(base.__name__, (SwappedRoot, base), members)
     cls.__qualname__ = base.__qualname__
     return cls
+
+
+def _generate(base: type[nn.Module]) -> Callable[..., Any]:
+    """The class's own ``generate``; only causal and sequence-to-sequence models have one."""
+    return base.generate  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class SwappedRoot(Swapped):
@@ -206,7 +211,7 @@ def _generate_with_prompt(
         kwargs["max_length"] += guard.prompt
     guard.generating = True
     try:
-        result = base.generate(model, _front(guard, ids, None), **kwargs)  # pyright: ignore
+        result = _generate(base)(model, _front(guard, ids, None), **kwargs)
     finally:
         guard.generating = False
     if guard.encoder_decoder:

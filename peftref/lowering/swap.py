@@ -25,11 +25,12 @@ class Swapped:
     peftref_base: type[nn.Module]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Run the module, with what belongs to the call handed in as an argument."""
         state: AdapterState = getattr(self, CHILD)
         if state.masked_block and state.context.masks:
             # As an argument of the call, so that a checkpoint hands it to the recomputation.
             kwargs[_MASKS] = dict(state.context.masks)
-        return super().__call__(*args, **kwargs)  # pyright: ignore
+        return super().__call__(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401 - pickle's own signature
         # The class is made at run time and has no importable name of its own.

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peftref.errors import BackboneError
+
 __all__ = ["dense_weight", "is_plain_linear", "is_transposed", "store_weight"]
 
 
@@ -28,10 +30,15 @@ def dense_weight(module: nn.Module) -> Tensor:
     """The weight as an ordinary (d_out, d_in) tensor, dequantised where it must be."""
     weight = module._parameters.get("weight")
     if weight is None:
-        weight = module.weight
-    if hasattr(weight, "dequantize") and type(weight.data) is not Tensor:
-        weight = weight.dequantize()
-    return weight.mT if is_transposed(module) else weight
+        raise BackboneError(f"{type(module).__name__} has no weight of its own")
+    plain = weight if type(weight.data) is Tensor else _dequantised(weight)
+    return plain.mT if is_transposed(module) else plain
+
+
+def _dequantised(weight: Tensor) -> Tensor:
+    """The values of a quantised or otherwise wrapped tensor; a wrapped plain one is itself."""
+    form = getattr(weight, "dequantize", None)
+    return weight if form is None or type(weight).__name__ == "DTensor" else form()
 
 
 def store_weight(module: nn.Module, weight: Tensor) -> Tensor:

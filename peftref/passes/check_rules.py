@@ -56,8 +56,15 @@ def _reads_a_stream(writes: list[WriteNode]) -> Iterator[str]:
             write.stage is Stage.WEIGHT_ADD and not source
         )
         if write.site.kind is SiteKind.EMBEDDING and on_stream and write.read is Port.INPUT:
-            yield f"{write.label}: an embedding has no input stream to read; write its output "
-            yield "sequentially or its weight with 'delta'"
+            yield (
+                f"{write.label}: an embedding has no input stream to read; write its output "
+                "sequentially or its weight with 'delta'"
+            )
+        if write.stage is Stage.TOKENS and write.algebra is not None and write.algebra.per_sample:
+            yield (
+                f"{write.label}: a gate reads what the site reads, and an embedding reads token "
+                "ids; gate the other members"
+            )
 
 
 def _one_normalisation(writes: list[WriteNode]) -> Iterator[str]:
@@ -90,4 +97,29 @@ def _edits_of_norms(writes: list[WriteNode]) -> Iterator[str]:
             yield f"{write.label}: this module has no bias"
 
 
-_RULES: tuple[Rule, ...] = (_reads_a_stream, _one_normalisation, _known_width, _edits_of_norms)
+def _attention_takes_rows(writes: list[WriteNode]) -> Iterator[str]:
+    """Rows enter through transformers' attention interface, where the model calls it."""
+    for write in writes:
+        shape = write.site.attention
+        if write.stage is Stage.KEYS_VALUES and (shape is None or shape.interface is None):
+            yield (
+                f"{write.label}: this backbone does not call transformers' attention interface, "
+                "so keys and values cannot be added; use another technique than prefixes"
+            )
+
+
+def _prompts_have_no_gate(writes: list[WriteNode]) -> Iterator[str]:
+    """A gate reads a stream, and token ids are none."""
+    for write in writes:
+        if write.stage is Stage.TOKENS and write.algebra is not None and write.algebra.per_sample:
+            yield f"{write.label}: a prompt cannot be gated: there is no stream to read"
+
+
+_RULES: tuple[Rule, ...] = (
+    _reads_a_stream,
+    _one_normalisation,
+    _known_width,
+    _edits_of_norms,
+    _attention_takes_rows,
+    _prompts_have_no_gate,
+)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from peftref.backbone.site_table import SiteKind
 from peftref.errors import CompositionError
 from peftref.ir.graph import AdapterGraph
-from peftref.ir.types import OperationNode, ReadNode, Stage, TensorNode, WriteNode
 from peftref.ir.primitive import IDENTITY, Algebra
+from peftref.ir.types import OperationNode, ReadNode, Stage, TensorNode, WriteNode
 from peftref.spec.typology import InsertionForm, IntegrationKind, Port
 
 __all__ = ["DeriveProperties"]

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from peftref.backbone.site_table import SiteKind
 from peftref.errors import CompositionError, SpecError
 from peftref.ir.graph import AdapterGraph
+from peftref.ir.primitive import Place, TensorSpec
 from peftref.ir.types import FunctionNode, OperationNode, ReadNode, TensorNode, WriteNode
 from peftref.passes.base import Library
-from peftref.ir.primitive import Place, TensorSpec
 from peftref.spec.technique import Expression
 from peftref.spec.typology import Port
 
@@ -79,7 +79,10 @@ class ExpandFunctions:
         streams: tuple[int, ...],
         write: WriteNode,
     ) -> int:
-        kind = self.library.primitive(expression.name)
+        try:
+            kind = self.library.primitive(expression.name)
+        except SpecError as error:
+            raise SpecError(str(error), mark=expression.mark) from None
         try:
             arguments = kind.Arguments(**expression.arguments)
         except ValidationError as error:

@@ -13,9 +13,10 @@ from peftref.ir.plan import (
     Properties,
     Step,
 )
-from peftref.ir.types import OperationNode, ReadNode, Stage, TensorNode, WriteNode
+from peftref.ir.types import OperationNode, ReadNode, Stage, TensorNode
 from peftref.passes.base import Library, PassRecord, make_procedure
 from peftref.passes.check_rules import overlap
+from peftref.spec.typology import IntegrationKind
 
 __all__ = ["is_low_rank", "make_plan"]
 
@@ -24,10 +25,16 @@ def make_plan(graph: AdapterGraph, records: list[PassRecord], library: Library) 
     """Return the plan of a graph that went through all passes."""
     modules: dict[str, list[EditPlan]] = {}
     tensors: dict[str, PlannedTensor] = {}
+    owners: dict[str, int] = {}
     for address, write in graph.writes():
         program = _program(graph, address)
         modules.setdefault(write.path, []).append(EditPlan(write, program))
-        for _, node in graph.tensors_of(address):
+        for source, node in graph.tensors_of(address):
+            if owners.setdefault(node.key, source) != source:
+                raise CompositionError(
+                    f"{write.label}: two tensors are named {node.key!r}; one coupling of a kind "
+                    "(gate, prune) for each member"
+                )
             owner = "" if node.spec.share is not None else write.path
             tensors[node.key] = PlannedTensor(node.key, node.spec, node.member, owner)
     planned = tuple(_order(path, edits) for path, edits in modules.items())
@@ -71,7 +78,10 @@ def _order(path: str, edits: list[EditPlan]) -> ModulePlan:
     notes: list[str] = []
     for index, first in enumerate(ranked):
         for second in ranked[index + 1 :]:
-            same = first.stage is second.stage and first.write.ends_a_span == second.write.ends_a_span
+            same = (first.write.ends_a_span, first.stage) == (
+                second.write.ends_a_span,
+                second.stage,
+            )
             rows = overlap(first.write.site.rows, second.write.site.rows)
             if same and rows and not _commute(first, second):
                 notes.append(
@@ -133,6 +143,8 @@ def _is_identity(edit: EditPlan) -> bool:
     algebra = edit.write.algebra
     if algebra is None or edit.stage in (Stage.KEYS_VALUES, Stage.TOKENS):
         return False
+    if edit.write.kind is IntegrationKind.RESCALE and edit.stage is Stage.PARALLEL:
+        return False  # y * f(x) keeps y where f is one, which no algebra states
     if edit.write.kind.value in ("rescale", "rotate", "replace"):
         return algebra.identity_at_init
     return algebra.zero_at_init

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from peftref.errors import CompositionError
 from peftref.ir.graph import AdapterGraph
-from peftref.ir.types import OperationNode, TensorNode
 from peftref.ir.primitive import Algebra, Arguments, Operation, Place, Primitive, Runtime
+from peftref.ir.types import OperationNode, TensorNode
 
 __all__ = ["LeadingCorner", "TieParameters"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from peftref.ir.primitive import (
     Algebra,
@@ -27,8 +27,15 @@ class KronArguments(Arguments):
     """``factor`` -1: the most square split; ``rank``: of the factors that are decomposed."""
 
     rank: int = Field(default=8, gt=0)
-    factor: int = Field(default=-1)
+    factor: int = Field(default=-1, ge=-1)
     decompose_both: bool = False
+
+    @field_validator("factor")
+    @classmethod
+    def _is_a_limit(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("a factor is at least 1, or -1 for the most square split")
+        return value
 
 
 def factorise(width: int, factor: int) -> tuple[int, int]:
