@@ -38,12 +38,14 @@ class ColumnNorm(Primitive[Arguments]):
 
     def bind(self, runtime: Runtime) -> Operation:
         """Return the row scale ``m / ||W||`` from ``(W, m)``."""
+        import torch
 
         def scale(weight: Tensor, magnitude: Tensor) -> Tensor:
             # Treated as a constant, as in the paper's section 4.3: the gradient of the norm
             # costs a full weight gradient and changes little.
-            norm = weight.detach().float().norm(dim=1).to(magnitude.dtype)
-            return magnitude / norm
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            norm = weight.detach().to(wide).norm(dim=1)
+            return magnitude / norm.to(magnitude.dtype)
 
         return scale
 
