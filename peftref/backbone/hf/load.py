@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from peftref.backbone.hf.modules import head_modules
+from peftref.backbone.names import resolve_backbone
 from peftref.errors import BackboneError
 
 __all__ = ["Task", "load_backbone", "meta_model", "quiet"]
@@ -82,8 +83,8 @@ def load_backbone(
     is an error, not a random tensor; only a pooler may be new.
 
     Args:
-        source: a folder with ``config.json`` and ``*.safetensors``, one with a ``*.gguf``, or a
-            hub name.
+        source: a folder with ``config.json`` and ``*.safetensors``, one with a ``*.gguf``,
+            ``minilm``, or a hub name.
         task: which head.
         num_labels: for ``classification``.
         dtype: of the loaded weights.
@@ -91,6 +92,7 @@ def load_backbone(
     Raises:
         BackboneError: no such source, a format that is not read, the wrong task, missing weights.
     """
+    source = resolve_backbone(source)
     config = _config(source, task, num_labels)
     auto = _auto(config, task)
     gguf = _gguf(source)
@@ -120,7 +122,7 @@ def _config(
         state = "needs" if labels is None else "has no use for"
         raise BackboneError(f"Task {task!r} {state} num_labels (got {num_labels})")
     config = (copy.deepcopy(source) if isinstance(source, PreTrainedConfig)
-              else _read_config(source))
+              else _read_config(resolve_backbone(source)))
     if labels is not None:
         config.num_labels = labels
         config.problem_type = ("regression" if task == "regression"
