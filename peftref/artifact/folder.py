@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -142,12 +141,12 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         fresh.chmod(0o755)
         old = fresh.with_name(fresh.name + ".old")
         if path.exists():
-            os.rename(path, old)
+            path.rename(old)
         try:
-            os.rename(fresh, path)
+            fresh.rename(path)
         except OSError:
             if old.exists():
-                os.rename(old, path)
+                old.rename(path)
             raise
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:

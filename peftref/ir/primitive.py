@@ -17,7 +17,16 @@ from peftref.spec.base import Frozen
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["IDENTITY", "Algebra", "Arguments", "Operation", "Place", "Primitive", "Runtime", "TensorSpec"]
+__all__ = [
+    "IDENTITY",
+    "Algebra",
+    "Arguments",
+    "Operation",
+    "Place",
+    "Primitive",
+    "Runtime",
+    "TensorSpec",
+]
 
 Operation = Callable[..., "Tensor"]
 

@@ -120,8 +120,9 @@ class WriteNode:
     @property
     def path(self) -> str:
         """Path of the backbone module that is swapped to make this edit."""
-        if self.port is Port.KEYS_VALUES and self.site.attention is not None:
-            return self.site.attention.interface
+        shape = self.site.attention
+        if self.port is Port.KEYS_VALUES and shape is not None and shape.interface is not None:
+            return shape.interface
         return self.site.module
 
     @property

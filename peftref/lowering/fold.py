@@ -102,8 +102,9 @@ class Fold:
         self, module: nn.Module, call: Callable[[Tensor], Any], edit: BoundEdit, x: Tensor
     ) -> Tensor:
         """The input stream after one input edit."""
-        reads_input = edit.edit.write.read is Port.INPUT
-        return edit.join(x, edit.stream(x if reads_input else _first(self._weighted(module, call, x))))
+        own = edit.edit.write.read is Port.INPUT
+        read = x if own else _first(self._weighted(module, call, x))
+        return edit.join(x, edit.stream(read))
 
     def _prompted(self, module: nn.Module, base: Base, ids: Tensor) -> Tensor:
         """Ids from the vocabulary's size on stand for learned rows."""

@@ -68,13 +68,7 @@ def _stage(write: WriteNode, algebra: Algebra) -> Stage:
     if write.port in (Port.WEIGHT, Port.BIAS):
         return _weight_stage(write, algebra, sequential=sequential)
     if write.kind is IntegrationKind.CONCAT:
-        if not algebra.source or sequential:
-            raise _refuse(write, "concat joins learned rows ('tokens'), in parallel")
-        if write.port is Port.KEYS_VALUES:
-            return Stage.KEYS_VALUES
-        if write.site.kind is SiteKind.EMBEDDING:
-            return Stage.TOKENS
-        raise _refuse(write, "concat goes with port keys_values or the token embedding's output")
+        return _sequence_stage(write, algebra, sequential=sequential)
     if write.port is Port.KEYS_VALUES:
         raise _refuse(write, "port keys_values takes integration concat")
     if write.kind is IntegrationKind.ROTATE:
@@ -91,6 +85,16 @@ def _stage(write: WriteNode, algebra: Algebra) -> Stage:
     if folds and write.site.kind is SiteKind.LINEAR and write.read is Port.INPUT:
         return Stage.WEIGHT_ADD
     return Stage.PARALLEL
+
+
+def _sequence_stage(write: WriteNode, algebra: Algebra, *, sequential: bool) -> Stage:
+    if not algebra.source or sequential:
+        raise _refuse(write, "concat joins learned rows ('tokens'), in parallel")
+    if write.port is Port.KEYS_VALUES:
+        return Stage.KEYS_VALUES
+    if write.site.kind is SiteKind.EMBEDDING:
+        return Stage.TOKENS
+    raise _refuse(write, "concat goes with port keys_values or the token embedding's output")
 
 
 def _weight_stage(write: WriteNode, algebra: Algebra, *, sequential: bool) -> Stage:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from peftref.backbone.site_table import SiteKind
 from peftref.errors import CompositionError, SpecError
 from peftref.ir.graph import AdapterGraph
-from peftref.ir.primitive import Place, TensorSpec
+from peftref.ir.primitive import Arguments, Place, TensorSpec
 from peftref.ir.types import FunctionNode, OperationNode, ReadNode, TensorNode, WriteNode
 from peftref.passes.base import Library
 from peftref.spec.technique import Expression
@@ -162,8 +162,8 @@ def _port_shape(write: WriteNode, vocabulary: int) -> tuple[int, ...]:
     return (site.d_out, site.d_in)
 
 
-def _explain(name: str, error: ValidationError, arguments: type) -> str:
+def _explain(name: str, error: ValidationError, arguments: type[Arguments]) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    valid = ", ".join(arguments.model_fields)  # pyright: ignore
+    valid = ", ".join(arguments.model_fields)
     return f"{name}: argument {where!r}: {first['msg']} (found {first['input']!r}); valid: {valid}"

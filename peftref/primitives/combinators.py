@@ -29,7 +29,7 @@ class Chain(Primitive[Arguments]):
 
 @primitives.register("sum")
 class Sum(Primitive[Arguments]):
-    """``f(x) + g(x) + ...``"""
+    """The sum ``f(x) + g(x) + ...`` of its branches."""
 
     name = "sum"
 

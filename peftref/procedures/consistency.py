@@ -52,7 +52,8 @@ def divergence(first: Tensor, second: Tensor, labels: Tensor | None = None) -> T
     """Return the mean over samples (or real tokens) of the symmetric divergence.
 
     Args:
-        first: logits (..., classes) of one forward; ``second`` of the other.
+        first: logits (..., classes) of one forward.
+        second: those of the other.
         labels: token labels; positions with -100 do not count.
     """
     from torch.nn.functional import kl_div, log_softmax

@@ -112,10 +112,11 @@ class PruneProcedure(Procedure[PruneProcedureArguments]):
         totals = [torch.zeros_like(tensor) for tensor in tensors]
         seen = 0
         for batch in islice(batches, self.arguments.batches):
-            gradients = torch.autograd.grad(forward(batch), tensors, allow_unused=True)
+            gradients = torch.autograd.grad(
+                forward(batch), tensors, allow_unused=True, materialize_grads=True
+            )
             for total, gradient in zip(totals, gradients, strict=True):
-                if gradient is not None:
-                    total += gradient
+                total += gradient
             seen += 1
         if not seen:
             raise TrainingError("prune: criterion snip needs at least one labelled batch")
