@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
@@ -39,12 +40,15 @@ class KronArguments(Arguments):
 
 
 def factorise(width: int, factor: int) -> tuple[int, int]:
-    """Split ``width = a b`` with ``a <= b``, ``a`` as large as possible and at most ``factor``.
+    """Split ``width = a b``; ``a`` is ``factor`` where that divides ``width``, as in PEFT.
 
-    ``factor`` -1 sets no limit, so that the split is the most square one.
+    Else ``a <= b`` with ``a`` as large as possible and at most ``factor``; ``factor`` -1 sets no
+    limit, so that the split is the most square one.
     """
-    limit = width if factor == -1 else factor
-    a = max(a for a in range(1, min(int(width**0.5), limit) + 1) if width % a == 0)
+    if factor > 0 and width % factor == 0:
+        return factor, width // factor
+    limit = math.isqrt(width) if factor == -1 else min(math.isqrt(width), factor)
+    a = max(a for a in range(1, limit + 1) if width % a == 0)
     return a, width // a
 
 
