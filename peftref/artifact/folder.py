@@ -38,14 +38,14 @@ class Artifact:
 
     Attributes:
         path: the folder.
-        composition: the locked composition.
+        composition: the locked composition; None: a task head on the plain backbone.
         tensors: adapter tensors by name.
         head: task-head tensors by parameter name.
         info: everything in ``peftref.json``.
     """
 
     path: Path
-    composition: CompositionSpec
+    composition: CompositionSpec | None
     tensors: Mapping[str, Tensor]
     head: Mapping[str, Tensor]
     info: Mapping[str, Any]
@@ -70,7 +70,7 @@ def read(path: str | Path) -> Artifact:
             f"peftref, which reads format {FORMAT}"
         )
     try:
-        composition = load(info["composition"])
+        composition = None if info["composition"] is None else load(info["composition"])
         declared: dict[str, list[int]] = info["tensors"]
     except KeyError as error:
         raise ArtifactError(f"{folder / INFO}: the entry {error} is missing") from None

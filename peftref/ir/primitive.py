@@ -213,6 +213,11 @@ class Primitive(ABC, Generic[A]):
         """Multiply-adds times two of the matrix form, once per step."""
         return 0
 
+    @property
+    def is_product(self) -> bool:
+        """Whether it is ``h W^T`` of its two inputs and nothing else."""
+        return False
+
     @abstractmethod
     def bind(self, runtime: Runtime) -> Operation:
         """Return the activation form."""

@@ -100,6 +100,7 @@ class WriteNode:
         stage: place in the fold; None until properties are derived.
         algebra: what holds for the function; None until properties are derived.
         form: how a weight edit is evaluated; None until a lowering is chosen.
+        accumulates: whether the last product of the function adds into the stream by itself.
     """
 
     member: str
@@ -116,6 +117,7 @@ class WriteNode:
     stage: Stage | None = None
     algebra: Algebra | None = None
     form: Form | None = None
+    accumulates: bool = False
 
     @property
     def path(self) -> str:

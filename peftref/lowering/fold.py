@@ -114,21 +114,21 @@ class Fold:
         virtual = (ids - vocabulary).clamp(min=0)
         y = torch.where((ids >= vocabulary)[..., None], rows[virtual], y)
         for edit in self.outputs:
-            y = edit.join(y, edit.stream(y))
+            y = edit.onto(y, y)
         return y
 
     def _after(self, x: Tensor, y: Tensor, carried: Tensor | None) -> Tensor:
         for edit in self.parallel:
-            y = edit.join(y, edit.stream(x))
+            y = edit.onto(y, x)
         for edit in self.outputs:
-            y = edit.join(y, edit.stream(gather_rows(y, edit.rows)))
+            y = edit.onto(y, gather_rows(y, edit.rows))
         for edit in self.spans:
             if edit.stage is Stage.PARALLEL:
                 if carried is None:
                     raise TypeError(f"{edit.edit.write.label}: the span's input did not arrive")
-                y = edit.join(y, edit.stream(carried))
+                y = edit.onto(y, carried)
             else:
-                y = edit.join(y, edit.stream(y))
+                y = edit.onto(y, y)
         return y
 
     def _take(
@@ -156,7 +156,7 @@ class Fold:
         y, bias = self._start(module, call, x, bias, split_bias=normalises)
         for index, (edit, stream) in enumerate(zip(self.weights, streams, strict=True)):
             if edit.stage is Stage.WEIGHT_ADD:
-                y = y + scatter_rows(edit.stream(stream), edit.rows)
+                y = edit.onto(y, stream)
             elif edit.stage is Stage.WEIGHT_NORM:
                 y = y * self._row_scale(module, edit, index).to(y.dtype)
         return y if bias is None else y + bias

@@ -84,6 +84,17 @@ class BoundEdit:
         value = self._run(self._stream, x, x.dtype)
         return value if self.scale == 1.0 else value * self.scale
 
+    def onto(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y`` joined by ``s f(x)``; a last product adds into ``y`` by itself."""
+        if not self.edit.write.accumulates:
+            return self.join(y, self.stream(x))
+        registers = self._registers(self._stream[:-1], x, x.dtype)
+        hidden, weight = (registers[i] for i in self._inputs[-1])
+        if hidden is None or weight is None or hidden.dtype != y.dtype:
+            return self.join(y, self.stream(x))
+        flat = y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+        return torch.addmm(*flat, weight.t(), alpha=self.scale).view(y.shape)
+
     def rows_of_tokens(self, like: Tensor) -> Tensor:
         """The learned rows of a source, in the type of ``like``; ``like`` feeds gates."""
         return self.stream(like)
@@ -113,17 +124,22 @@ class BoundEdit:
     def _run(
         self, forms: tuple[Operation, ...], first: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
+        result = self._registers(forms, first, dtype)[self._result]
+        if result is None:
+            raise TypeError(f"{self.edit.write.label}: the program gave nothing")
+        return result
+
+    def _registers(
+        self, forms: tuple[Operation, ...], first: Tensor | None, dtype: torch.dtype
+    ) -> list[Tensor | None]:
         registers: list[Tensor | None] = [first]
         for fetch in self._fetch:
             tensor = fetch()
             cast = tensor.dtype != dtype and tensor.is_floating_point()
             registers.append(tensor.to(dtype) if cast else tensor)
-        for form, inputs in zip(forms, self._inputs, strict=True):
+        for form, inputs in zip(forms, self._inputs, strict=False):
             registers.append(form(*[registers[i] for i in inputs]))
-        result = registers[self._result]
-        if result is None:
-            raise TypeError(f"{self.edit.write.label}: the program gave nothing")
-        return result
+        return registers
 
     def join_whole(self, x: Tensor) -> Tensor:
         """The sequential edit of a whole stream, as if no slice were selected."""

@@ -8,6 +8,7 @@ from peftref.passes.check_rules import CheckRules
 from peftref.passes.choose_lowering import ChooseLowering
 from peftref.passes.derive_properties import DeriveProperties
 from peftref.passes.expand_functions import ExpandFunctions
+from peftref.passes.fuse import Fuse
 from peftref.passes.resolve_sites import ResolveSites
 from peftref.passes.simplify import Simplify
 from peftref.passes.tie_parameters import TieParameters
@@ -26,4 +27,5 @@ def default_passes(library: Library, tokens: int = 1024) -> tuple[Pass, ...]:
         DeriveProperties(),
         CheckRules(),
         ChooseLowering(tokens),
+        Fuse(),
     )

@@ -45,6 +45,10 @@ class Frozen(Primitive[FrozenArguments]):
     def algebra(self) -> Algebra:
         return Algebra(linear=True, matrix=True, keeps_zero=True)
 
+    @property
+    def is_product(self) -> bool:
+        return True
+
     def flops(self) -> int:
         return 2 * self.place.d_in * self.width
 

@@ -55,6 +55,10 @@ class Linear(Primitive[LinearArguments]):
             keeps_zero=zero_bias,
         )
 
+    @property
+    def is_product(self) -> bool:
+        return not self.arguments.bias
+
     def flops(self) -> int:
         return 2 * self.place.d_in * self.width
 
