@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import peft
 import pytest
 import torch
 
-import peftref
-from tests.backbone.tiny import inputs, tiny
-from tests.parity.peft_pairs import TASKS, attach_both, gradients, logits, perturb
+from tests.parity.peft_pairs import attach_both, gradients, logits
 
 # The same modules, in our roles and as PEFT matches paths.
 SITES = {
@@ -49,11 +45,10 @@ LOKR = [
     ("rank=8, alpha=5, factor=16", {"r": 8, "alpha": 5, "decompose_factor": 16}),
 ]
 IA3 = {
-    "bert": ("", ["key", "value", r"layer\.\d+\.output\.dense"],
-             r".*(key|value|layer\.\d+\.output\.dense)", r".*layer\.\d+\.output\.dense"),
-    "llama": ("", None, ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
-    "t5": ("", None, ["k", "v", "wo"], ["wo"]),
-    "gpt2": ("site='module:.*c_attn', feedforward='module:.*mlp.c_proj'", None,
+    "bert": ("", r".*(key|value|layer\.\d+\.output\.dense)", r".*layer\.\d+\.output\.dense"),
+    "llama": ("", ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "t5": ("", ["k", "v", "wo"], ["wo"]),
+    "gpt2": ("site='module:.*c_attn', feedforward='module:.*mlp.c_proj'",
              r".*(c_attn|mlp\.c_proj)", r".*mlp\.c_proj"),
 }
 NORMS = {"bert": ["LayerNorm"], "llama": r".*(layernorm|norm)", "t5": r".*layer_norm",
@@ -74,7 +69,7 @@ def _cases():
         config = peft.LoKrConfig(target_modules=["query", "intermediate.dense"], **own)
         yield pytest.param("bert", f"lokr({arguments}, site='{{attention,ffn}}.{{query?,up?}}')", config,
                            id=f"lokr-{arguments}")
-    for family, (arguments, _, to, feedforward) in IA3.items():
+    for family, (arguments, to, feedforward) in IA3.items():
         config = peft.IA3Config(target_modules=to, feedforward_modules=feedforward,
                                 fan_in_fan_out=family == "gpt2")
         yield pytest.param(family, f"ia3({arguments})", config, id=f"ia3-{family}")
@@ -100,3 +95,36 @@ def test_equals_peft(family: str, expression: str, config: peft.PeftConfig) -> N
     pair.theirs.merge_adapter()
     torch.testing.assert_close(logits(model, pair.batch), expected, **close)
     torch.testing.assert_close(logits(pair.theirs, pair.batch), expected, **close)
+
+
+@pytest.mark.parametrize(("expression", "options"), [
+    ("lora(rank=4, alpha=6, dropout=0.4)", {"lora_alpha": 6}),
+    ("rslora(rank=4, alpha=6, dropout=0.4)", {"lora_alpha": 6, "use_rslora": True}),
+])
+def test_dropout_drops_what_peft_drops(expression: str, options: dict[str, object]) -> None:
+    """Both draw one mask a linear, in the order of execution, on the input of the down factor."""
+    config = peft.LoraConfig(r=4, lora_dropout=0.4, target_modules=["query", "value"], **options)
+    pair = attach_both("bert", expression, config)
+    results = []
+    for model in (pair.ours.model, pair.theirs):
+        model.train()
+        torch.manual_seed(0)
+        results.append([logits(model, pair.batch) for _ in range(2)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)
+    assert not torch.equal(*results[0])
+
+
+def test_the_default_of_peft_for_oft_rotates_the_other_way() -> None:
+    """Its truncated series approximates the inverse of the exact branch, which we compute."""
+    errors = []
+    for sign in (1, -1):
+        config = peft.OFTConfig(r=0, oft_block_size=8, target_modules=["query", "value"])
+        pair = attach_both("bert", "oft(block=8)", config)
+        with torch.no_grad():
+            for name, tensor in pair.ours.trainable.items():
+                tensor.mul_(0.1)  # the series is good for small angles only
+                pair.parameter(name).copy_(sign * tensor)
+        errors.append((logits(pair.ours.model, pair.batch) - logits(pair.theirs, pair.batch))
+                      .abs().max().item())
+    same_sign, negated = errors
+    assert negated < 1e-2 * same_sign
