@@ -29,7 +29,7 @@ __all__ = ["attach", "compile", "compile_table", "load", "restore"]
 Source = str | Mapping[str, Any] | TechniqueSpec | CompositionSpec
 
 
-class _Registries:
+class Registries:
     """The shipped and plugged-in entries, as the passes ask for them."""
 
     def primitive(self, name: str) -> type:
@@ -66,7 +66,7 @@ def compile(spec: Source, model: PreTrainedModel, *, tokens: int = 1024) -> Plan
 
 def compile_table(composition: CompositionSpec, table: SiteTable, *, tokens: int = 1024) -> Plan:
     """Compile for a site table; needs no model and no torch."""
-    library = _Registries()
+    library = Registries()
     graph = AdapterGraph(composition, table)
     pipeline = Pipeline(default_passes(library, tokens))
     pipeline.run(graph)

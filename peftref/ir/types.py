@@ -128,6 +128,18 @@ class WriteNode:
         return self.site.module
 
     @property
+    def needs_matrix(self) -> bool:
+        """Whether it adds to a weight and has no activation form but its own matrix."""
+        algebra = self.algebra
+        no_stream = algebra is not None and (not algebra.stream or algebra.source)
+        return self.stage is Stage.WEIGHT_ADD and no_stream
+
+    @property
+    def must_form(self) -> bool:
+        """Whether the effective weight must be formed: a slice's own input rotation."""
+        return self.stage is Stage.WEIGHT_ROTATE and self.site.rows is not None
+
+    @property
     def ends_a_span(self) -> bool:
         """Whether this edits a whole sub-layer at the module that writes its result.
 

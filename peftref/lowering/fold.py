@@ -66,6 +66,9 @@ class Fold:
         self.tokens = [e for e in own if e.stage is Stage.TOKENS]
         self.spans = [e for e in edits if _is_span(e)]
         self.formed = any(e.edit.formed for e in self.weights)
+        if self.formed and _is_narrow(module):
+            # W + dW in 16 bits would round a small dW away; as maps of the stream it is kept.
+            self.formed = any(e.edit.write.must_form for e in self.weights)
 
     def run(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401, E501
         """Run the module's forward ``base`` with the edits."""
@@ -239,6 +242,11 @@ class Fold:
         for edit in edits:
             tensor = tensor + edit.matrix(None, tensor.dtype)
         return tensor
+
+
+def _is_narrow(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is None or weight.dtype not in (torch.float32, torch.float64)
 
 
 def _is_span(edit: BoundEdit) -> bool:

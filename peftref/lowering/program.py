@@ -81,6 +81,8 @@ class BoundEdit:
 
     def stream(self, x: Tensor) -> Tensor:
         """``s f(x)``: the activation form, scaled where the integration adds."""
+        if self.edit.write.needs_matrix:
+            return torch.nn.functional.linear(x, self.matrix(None, x.dtype))
         value = self._run(self._stream, x, x.dtype)
         return value if self.scale == 1.0 else value * self.scale
 

@@ -17,10 +17,12 @@ _BACKWARD = 3  # forward and backward of a map cost about three forwards
 class ChooseLowering:
     """One form for all weight edits of a module, the cheaper one for ``tokens`` tokens a step.
 
-    Case 1: some function has no activation form, or rotates a slice only: formed.
+    Case 1: some function rotates the input of a slice only: formed.
     Case 2: some function draws random numbers (dropout): factored; formed is refused.
     Case 3: else by multiply-adds. Forming costs the matrix and, in the backward pass, a whole
     weight gradient (2 x tokens x d_in x d_out), which thin factors avoid.
+    A 16-bit weight is never formed for additions, whatever this says: small updates would be
+    rounded away (the fold decides that, as a plan knows no types).
     """
 
     tokens: int = 1024
@@ -40,7 +42,7 @@ class ChooseLowering:
         return f"{len(modules) - formed} modules factored, {formed} formed"
 
     def _form(self, graph: AdapterGraph, writes: list[tuple[int, WriteNode]]) -> Form:
-        must_form = [w for _, w in writes if self._must_form(w)]
+        must_form = [w for _, w in writes if w.must_form]
         draws = [w for _, w in writes if w.algebra is not None and w.algebra.random]
         if must_form and draws:
             raise CompositionError(
@@ -53,15 +55,6 @@ class ChooseLowering:
             return Form.FACTORED
         return Form.FACTORED if self._factored_is_cheaper(graph, writes) else Form.FORMED
 
-    @staticmethod
-    def _must_form(write: WriteNode) -> bool:
-        algebra = write.algebra
-        if algebra is None or write.stage is Stage.WEIGHT_NORM:
-            return False  # a row scale: forms the weight for its norm only
-        if write.stage is Stage.WEIGHT_ROTATE and write.site.rows is not None:
-            return True
-        return not algebra.stream or algebra.source
-
     def _factored_is_cheaper(
         self, graph: AdapterGraph, writes: list[tuple[int, WriteNode]]
     ) -> bool:
@@ -69,7 +62,9 @@ class ChooseLowering:
         factored = formed = 0
         for address, write in writes:
             operations = [node.primitive for _, node in graph.operations_of(address)]
-            if write.stage is not Stage.WEIGHT_NORM:
+            if write.needs_matrix:
+                factored += self.tokens * 2 * write.site.d_in * write.site.d_out
+            elif write.stage is not Stage.WEIGHT_NORM:
                 factored += self.tokens * sum(op.flops() for op in operations)
             formed += sum(op.matrix_flops() for op in operations)
             formed += site.d_in * max(op.flops() for op in operations)

@@ -15,10 +15,9 @@ _ADDS = (IntegrationKind.ADD, IntegrationKind.SCALED_ADD)
 
 @dataclass(frozen=True, slots=True)
 class Fuse:
-    """Case 1: a function that ends in a product and is added to a stream of all rows: product,
-    scale and sum become one accumulating product, ``y + s h B^T``.
+    """Case 1: product, scale and sum at the end of a function become one, ``y + s h B^T``.
 
-    It saves two passes over a tensor of the output's size, forward and backward.
+    The stream that it adds to must be whole, no slice. It saves two passes over a tensor of the output's size, forward and backward.
     """
 
     name: str = "fuse"
@@ -36,5 +35,6 @@ class Fuse:
         (value,) = graph.inputs(address)
         node = graph.node(value)
         formed = write.form is Form.FORMED
-        adds = write.kind in _ADDS and write.site.rows is None and not formed
+        adds = write.kind in _ADDS and write.site.rows is None
+        adds = adds and not formed and not write.needs_matrix
         return adds and isinstance(node, OperationNode) and node.primitive.is_product

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peftref.ir.graph import AdapterGraph
-from peftref.ir.types import OperationNode
+from peftref.ir.types import OperationNode, ReadNode
+from peftref.spec.typology import Port
 
 __all__ = ["Simplify"]
 
@@ -14,7 +15,8 @@ __all__ = ["Simplify"]
 class Simplify:
     """Case 1: an operation without tensors that is the identity (dropout of 0) is skipped.
 
-    Case 2: nodes that no write depends on are removed.
+    Case 2: reads of one port of one site are one node.
+    Case 3: nodes that no write depends on are removed.
     """
 
     name: str = "simplify"
@@ -29,5 +31,18 @@ class Simplify:
                 graph.redirect(address, inputs[0])
                 graph.remove(address)
                 skipped += 1
-        return f"{skipped} operations skipped, {graph.sweep()} nodes unused"
+        merged = self._merge_reads(graph)
+        return f"{skipped} operations skipped, {merged} reads shared, {graph.sweep()} nodes unused"
+
+    @staticmethod
+    def _merge_reads(graph: AdapterGraph) -> int:
+        first: dict[tuple[str, Port], int] = {}
+        merged = 0
+        for address, node in list(graph.of_type(ReadNode)):
+            kept = first.setdefault((node.site.label, node.port), address)
+            if kept != address:
+                graph.redirect(address, kept)
+                graph.remove(address)
+                merged += 1
+        return merged
 
