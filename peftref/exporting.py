@@ -15,7 +15,7 @@ from peftref.artifact.peft_format import LowRank
 from peftref.backbone.hf import weight_hash
 from peftref.errors import ArtifactError
 from peftref.lowering.low_rank import low_rank_factors
-from peftref.lowering.swap import original_class
+from peftref.lowering.original import original_class
 from peftref.lowering.weight import is_transposed
 from peftref.registry import loaded_plugins
 

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from peftref.cli.typology import typology
-from peftref.ir.plan import EditPlan, Plan
+from peftref.ir.edits import EditPlan
+from peftref.ir.plan import Plan
 from peftref.spec import parameters
 from peftref.spec.composition import CompositionSpec
 from peftref.spec.technique import Expression

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from peftref.backbone.site_table import SiteKind
+from peftref.backbone.site_table import SiteKind, SiteTable
+from peftref.ir.edits import EditPlan, ModulePlan
 from peftref.ir.types import Stage
-
-if TYPE_CHECKING:
-    from peftref.ir.plan import EditPlan, Plan
 
 __all__ = ["Cost"]
 
@@ -33,11 +30,12 @@ class Cost:
     optimiser_bytes: int
 
     @classmethod
-    def of(cls, plan: Plan, tokens: int) -> Cost:
-        """Count a plan."""
-        forward = sum(_edit_flops(e, tokens) for m in plan.modules for e in m.edits)
-        trained = plan.trainable_parameters
-        return cls(tokens, forward, tokens * _backbone_flops(plan), 4 * trained, 12 * trained)
+    def of(
+        cls, modules: tuple[ModulePlan, ...], table: SiteTable, trained: int, tokens: int
+    ) -> Cost:
+        """Count the edits of ``modules`` with ``trained`` trained parameters."""
+        forward = sum(_edit_flops(e, tokens) for m in modules for e in m.edits)
+        return cls(tokens, forward, tokens * _backbone_flops(table), 4 * trained, 12 * trained)
 
 
 def _edit_flops(edit: EditPlan, tokens: int) -> int:
@@ -59,9 +57,9 @@ def _forming(edit: EditPlan) -> int:
     return edit.write.site.d_in * widths[-1] if len(widths) > 1 else 0
 
 
-def _backbone_flops(plan: Plan) -> int:
+def _backbone_flops(table: SiteTable) -> int:
     seen: dict[str, int] = {}
-    for site in plan.table:
+    for site in table:
         if site.kind is SiteKind.LINEAR:
             rows = site.rows.groups * site.rows.size if site.rows else site.d_out
             seen[site.module] = 2 * site.d_in * rows * site.shared_by

@@ -9,16 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from peftref.backbone.site_table import SiteKind, SiteTable
+from peftref.backbone.site_table import SiteTable
 from peftref.ir.cost import Cost
+from peftref.ir.edits import ModulePlan
 from peftref.ir.graph import AdapterGraph
-from peftref.ir.primitive import Primitive, TensorSpec
-from peftref.ir.types import Form, Stage, WriteNode
+from peftref.ir.primitive import TensorSpec
 from peftref.spec.composition import CompositionSpec
 from peftref.spec.technique import ProcedureSpec
 
-__all__ = ["EditPlan", "ModulePlan", "PassRecord", "Plan", "PlannedTensor", "Program",
-           "Properties", "Step"]
+__all__ = ["Plan", "PlannedTensor", "Properties"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +30,6 @@ class PassRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One operation of a flat program; ``inputs`` are registers."""
-
-    primitive: Primitive  # pyright: ignore[reportMissingTypeArgument,reportUnknownVariableType]
-    inputs: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """Registers: 0 is the stream read, then the tensors, then the results of the steps."""
-
-    tensors: tuple[str, ...]
-    steps: tuple[Step, ...]
-    result: int
-
-
-@dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """A tensor of the adapter under its full name; ``owner``: a module path, or "" for the root."""
 
@@ -55,58 +37,6 @@ class PlannedTensor:
     spec: TensorSpec
     member: str
     owner: str
-
-
-@dataclass(frozen=True, slots=True)
-class EditPlan:
-    """One edit: where it stands in the fold and the program that computes it."""
-
-    write: WriteNode
-    program: Program
-
-    @property
-    def stage(self) -> Stage:
-        """Place in the fold."""
-        if self.write.stage is None:
-            raise TypeError("the stage is derived before a plan is made")
-        return self.write.stage
-
-    @property
-    def formed(self) -> bool:
-        """Whether the effective weight is formed."""
-        return self.write.form is Form.FORMED
-
-    @property
-    def mergeable(self) -> bool:
-        """Whether it is a map that a weight or bias can hold."""
-        algebra = self.write.algebra
-        if algebra is None or not algebra.matrix:
-            return False
-        if self.stage.on_weight or self.stage is Stage.BIAS:
-            return True
-        on_linear = self.write.site.kind is SiteKind.LINEAR
-        scales = self.stage in (Stage.INPUT, Stage.OUTPUT) and algebra.linear
-        own_stream = self.write.read is self.write.port
-        whole = self.write.site.rows is None or self.stage is Stage.OUTPUT
-        return on_linear and scales and own_stream and whole
-
-
-@dataclass(frozen=True, slots=True)
-class ModulePlan:
-    """All edits of one swapped module, in the order of the fold."""
-
-    path: str
-    edits: tuple[EditPlan, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def blockers(self) -> tuple[str, ...]:
-        """Why the module cannot be merged as a whole; empty when it can."""
-        reasons: list[str] = []
-        for edit in self.edits:
-            if not edit.mergeable:
-                reasons.append(f"{edit.write.label}: {_why(edit)}")
-        return tuple(reasons)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +105,7 @@ class Plan:
 
     def cost(self, tokens: int = 1024) -> Cost:
         """FLOPs and bytes that the adapter adds to a step of ``tokens`` tokens."""
-        return Cost.of(self, tokens)
+        return Cost.of(self.modules, self.table, self.trainable_parameters, tokens)
 
     def __str__(self) -> str:
         lines = [f"{self.composition.composition} on {self.table.family}: "
@@ -191,16 +121,3 @@ class Plan:
                      f"mergeable: {'yes' if p.mergeable else 'no'}")
         lines.extend(f"order: {note}" for note in p.order_notes)
         return "\n".join(lines)
-
-
-def _why(edit: EditPlan) -> str:
-    algebra = edit.write.algebra
-    if edit.stage in (Stage.KEYS_VALUES, Stage.TOKENS):
-        return "adds rows to a sequence, which no weight can hold"
-    if algebra is not None and algebra.per_sample:
-        return "depends on the sample (a gate)"
-    if algebra is not None and not algebra.linear:
-        return "is not linear"
-    if edit.write.site.kind is not SiteKind.LINEAR:
-        return f"acts on a {edit.write.site.kind.value}, not on a linear module"
-    return "has no matrix form at this port"

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from peftref.backbone.site_table import SiteKind
 from peftref.errors import BackboneError
-from peftref.ir.plan import EditPlan, Plan, PlannedTensor
+from peftref.ir.edits import EditPlan
+from peftref.ir.plan import Plan, PlannedTensor
 from peftref.ir.types import Stage
 from peftref.lowering.initialise import initial_tensor
+from peftref.lowering.original import original_class
 from peftref.lowering.prefix import interface_name, register_interface
 from peftref.lowering.root import RootState, SwappedRoot, root_class
 from peftref.lowering.state import CHILD, AdapterEdits, CallContext
-from peftref.lowering.swap import is_swapped, original_class, state_of, swap, unswap
+from peftref.lowering.swap import is_swapped, state_of, swap, unswap
 from peftref.lowering.weight import dense_weight
 
 __all__ = ["Attachment", "attach_plan", "detach_plan", "refresh", "root_state", "swapped_modules"]

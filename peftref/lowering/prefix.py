@@ -17,8 +17,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from peftref.errors import BackboneError
+from peftref.lowering.original import original_class
 from peftref.lowering.program import BoundEdit
-from peftref.lowering.swap import original_class
 
 __all__ = ["Prefix", "build_prefix", "interface_name", "register_interface"]
 

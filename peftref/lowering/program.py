@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftref.backbone.site_table import RowSlice
-from peftref.ir.plan import EditPlan
+from peftref.ir.edits import EditPlan
 from peftref.spec.typology import IntegrationKind
 
 if TYPE_CHECKING:

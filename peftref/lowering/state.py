@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftref.errors import BackboneError
-from peftref.ir.plan import EditPlan
+from peftref.ir.edits import EditPlan
 from peftref.lowering.fold import Fold
 from peftref.lowering.program import BoundEdit
 

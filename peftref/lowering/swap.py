@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftref.errors import BackboneError
 from peftref.lowering.state import CHILD, AdapterState, CallContext
 
-__all__ = ["Swapped", "is_swapped", "original_class", "state_of", "swap", "unswap"]
+__all__ = ["Swapped", "is_swapped", "state_of", "swap", "unswap"]
 
 
 _MASKS = "peftref_masks"
@@ -101,11 +101,6 @@ def _substituted(name: str) -> property:
 def is_swapped(module: nn.Module) -> bool:
     """Whether the module's class was swapped."""
     return isinstance(module, Swapped)
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that the module has or had before."""
-    return module.peftref_base if isinstance(module, Swapped) else type(module)
 
 
 def state_of(module: nn.Module) -> AdapterState:

@@ -17,7 +17,8 @@ _ADDS = (IntegrationKind.ADD, IntegrationKind.SCALED_ADD)
 class Fuse:
     """Case 1: product, scale and sum at the end of a function become one, ``y + s h B^T``.
 
-    The stream that it adds to must be whole, no slice. It saves two passes over a tensor of the output's size, forward and backward.
+    The stream that it adds to must be whole, no slice. It saves two passes over a tensor of the
+    output's size, forward and backward.
     """
 
     name: str = "fuse"
