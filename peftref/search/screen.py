@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from transformers import PreTrainedModel
+
 from peftref.backbone.hf import meta_model, site_table
+from peftref.backbone.names import resolve_backbone
 from peftref.compiler import compile_table
 from peftref.errors import PeftRefError
 from peftref.search.settings import SearchRun
 from peftref.search.study import Screen, Screened
 from peftref.spec import load
+from peftref.training.data import load_data
+from peftref.training.pooling import choose_pooling, set_pooling
 
 __all__ = ["BackboneScreen"]
 
@@ -17,12 +22,11 @@ class BackboneScreen(Screen):
 
     Raises:
         BackboneError: the backbone cannot be read.
+        DataError: the data set cannot be read.
     """
 
     def __init__(self, run: SearchRun) -> None:
-        causal = run.task == "causal_lm"
-        task, labels = ("causal_lm", None) if causal else ("classification", 2)
-        self._table = site_table(meta_model(run.backbone, task, labels))
+        self._table = site_table(_skeleton(run))
         self._servable = run.search.servable
         self.layers = max(self._table.layers.values())
         self.parameters = self._table.frozen_parameters
@@ -41,3 +45,16 @@ class BackboneScreen(Screen):
                 problem = f"not servable as {target}: {blockers[0]}"
                 return Screened(plan.trainable_parameters, problem)
         return Screened(plan.trainable_parameters)
+
+
+def _skeleton(run: SearchRun) -> PreTrainedModel:
+    """Return the model that a worker will load, with all its shapes and no weights."""
+    data = load_data(run.data, run.task)
+    task = data.columns.task
+    labels = len(data.label_names) if task == "classification" else None
+    model = meta_model(resolve_backbone(run.backbone), task, labels)
+    if task != "causal_lm":
+        source = resolve_backbone(run.backbone)
+        pooling, _ = choose_pooling(model, run.pooling, source, trained_pooler=True)
+        set_pooling(model, pooling)
+    return model

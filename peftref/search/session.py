@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from peftref.compiler import restore
 from peftref.search.jobs import Job, Json
 from peftref.search.worker import Report, TrialSession
 from peftref.training.session import Progress, TrainingSession
@@ -41,13 +42,17 @@ class ModelSession(TrialSession):
         self._report = None
         metrics: dict[str, Json] = {name: float(v) for name, v in result.metrics.items()}
         return {
-            "score": result.score, "loss": result.loss, "metrics": metrics, "curve": curve,
+            "parameters": result.trainable_parameters, "score": result.score, "loss": result.loss, "metrics": metrics, "curve": curve,
             "seconds": result.seconds,
         }
 
     def test(self, job: Job) -> dict[str, Json]:
         """Score the artifact of ``job.folder`` on the test split."""
-        return dict(self._session.test(Path(job.folder)))
+        adapted = restore(self._session.model, job.folder)
+        try:
+            return dict(self._session.evaluate(adapted, "test"))
+        finally:
+            adapted.detach()
 
     def _step(self, step: int, total: int) -> None:
         now = time.monotonic()

@@ -210,8 +210,8 @@ class Space:
 
     @property
     def _middle_rate(self) -> float:
-        """The cited rates as they are, or the nearest that the range allows."""
-        return min(max(0.0, self.rates[0]), self.rates[1])
+        """The middle of the range: baselines get it, as no technique is to win by its rate."""
+        return self.rates[0] + _RATE_STEP * round((self.rates[1] - self.rates[0]) / 2 / _RATE_STEP)
 
 
 def rate_exponents(low: float, high: float) -> tuple[float, float]:

