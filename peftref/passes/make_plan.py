@@ -5,7 +5,7 @@ from __future__ import annotations
 from peftref.errors import CompositionError
 from peftref.ir.edits import EditPlan, ModulePlan, Program, Step
 from peftref.ir.graph import AdapterGraph
-from peftref.ir.plan import PassRecord, Plan, PlannedTensor, Properties
+from peftref.ir.plan import Plan, PlannedTensor, Properties
 from peftref.ir.types import OperationNode, ReadNode, Stage, TensorNode
 from peftref.passes.base import Library, PassRecord, make_procedure
 from peftref.passes.check_rules import overlap
