@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    DebertaV2Config,
-    DebertaV2Model,
+    FNetConfig,
+    FNetModel,
     PreTrainedModel,
     T5Config,
     T5EncoderModel,
@@ -30,10 +30,10 @@ from tests.backbone.observe import rows_of
 from tests.backbone.tiny import DECODERS, FAMILIES, Task, tiny, tiny_config
 
 
-def deberta() -> PreTrainedModel:
-    return DebertaV2Model(DebertaV2Config(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=48, max_position_embeddings=32))
+def unlisted() -> PreTrainedModel:
+    """Return a model that mixes tokens by a Fourier transform: no row can give it attention."""
+    return FNetModel(FNetConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2,
+                                intermediate_size=48, max_position_embeddings=32))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,24 +110,26 @@ def test_what_peftref_adds_is_not_in_the_table() -> None:
 
 
 def test_an_unknown_model_type_is_refused_with_what_was_found() -> None:
-    model = deberta()
+    model = unlisted()
     with pytest.raises(BackboneError) as caught:
         site_table(model)
     text = str(caught.value)
-    for part in ("'deberta-v2'", "DebertaV2Model", "attention.self.query_proj",
-                 "ffn.down", "Roles not recognised: ", "attention.query", "--sites"):
+    for part in ("'fnet' (FNetModel)", "embedding.tokens (embeddings.word_embeddings)",
+                 "ffn.up (encoder.layer.*.intermediate.dense)", "--sites",
+                 "Roles not recognised: attention.query, attention.key, attention.value",
+                 "encoder.layer.*.fourier.output.LayerNorm", "Rows exist for: bert"):
         assert part in text
 
 
 def test_an_unknown_model_still_has_its_modules() -> None:
-    model = deberta()
+    model = unlisted()
     table = site_table(model, strict=False)
     assert (table.family, table.sites) == ("modules", ())
     assert set(table.modules) == {path for path, _ in model.named_modules() if path}
-    sites = select(table, SiteSelector(module=r".*\.query_proj"))
+    sites = select(table, SiteSelector(module=r".*\.intermediate\.dense"))
     assert [s.module for s in sites] == [
-        f"encoder.layer.{i}.attention.self.query_proj" for i in range(2)]
-    assert {(s.kind, s.d_in, s.d_out, s.bias) for s in sites} == {(SiteKind.LINEAR, 32, 32, True)}
+        f"encoder.layer.{i}.intermediate.dense" for i in range(2)]
+    assert {(s.kind, s.d_in, s.d_out, s.bias) for s in sites} == {(SiteKind.LINEAR, 32, 48, True)}
     with pytest.raises(BackboneError, match="select modules by path"):
         select(table, SiteSelector(select="attention.query"))
 

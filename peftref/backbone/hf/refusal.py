@@ -18,21 +18,21 @@ SHOWN = 40
 
 def refusal(model: PreTrainedModel) -> BackboneError:
     """Return the error for ``model``: roles guessed by the names of its modules, the rest."""
-    by_leaf: dict[str, set[str]] = {}
+    ends: dict[str, set[str]] = {}
     wanted: dict[str, None] = {}
     for role in _known_roles():
         wanted.setdefault(role.name)
         for path in role.place.module:
-            by_leaf.setdefault(path.split(".")[-1], set()).add(role.name)
+            ends.setdefault(f".{path}", set()).add(role.name)
     found: dict[str, str] = {}
     other: dict[str, None] = {}
     for path, module in named_modules(model).items():
         if measure(module).kind is SiteKind.SPAN:
             continue
         shape = re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
-        roles = by_leaf.get(path.split(".")[-1], set())
-        if len(roles) == 1:
-            found.setdefault(next(iter(roles)), shape)
+        end = max((end for end in ends if f".{path}".endswith(end)), key=len, default="")
+        if len(ends.get(end, ())) == 1:
+            found.setdefault(next(iter(ends[end])), shape)
         else:
             other.setdefault(shape)
     missing = [role for role in wanted if role not in found]

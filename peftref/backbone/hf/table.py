@@ -145,8 +145,9 @@ class _Reader:
     def _stack(self, name: str, stack: Stack) -> Iterator[Site]:
         heads = self._heads(stack)
         yield from self._sites(expand(stack.before), name, None, self.prefix, heads)
+        roles = expand(stack.layer)
         for i, path in enumerate(self._layers(stack)):
-            sites = list(self._sites(expand(stack.layer), name, i, f"{path}.", heads))
+            sites = list(self._sites(roles, name, i, f"{path}.", heads))
             yield from sites
             block = Site("block", name, i, path, SiteKind.SPAN, self.hidden, self.hidden)
             yield block
