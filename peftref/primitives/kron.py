@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
+from peftref.errors import CompositionError
 from peftref.ir.primitive import (
     Algebra,
     Arguments,
@@ -66,6 +67,8 @@ class Kron(Primitive[KronArguments]):
 
     def __init__(self, arguments: KronArguments, place: Place) -> None:
         super().__init__(arguments, place)
+        if not place.d_in:
+            raise CompositionError("kron: this site has no input stream to read")
         self.a, self.b = factorise(place.d_out, arguments.factor)
         self.c, self.d = factorise(place.d_in, arguments.factor)
 

@@ -45,6 +45,7 @@ REFUSED = {
     "oft(block=8) + lora(dropout=0.1)": "set dropout to 0",
     "oft(block=8, site='norm.final')": "only the weight of a linear site",
     "dora(site='ffn')": "weight",
+    "lokr(site='embedding.tokens')": "no input stream",
     "lokr(factor=0)": "at least 1",
     "bitfit(site='attention')": "none has port 'bias'",
     "prefix_tuning(site='ffn')": "none has port 'keys_values'",
