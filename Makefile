@@ -21,6 +21,7 @@ help:
 
 # A stamp a set of extras: each is one resolution, and a second call does nothing.
 $(BIN)/python:
+	@echo "Installing into $(VENV): some minutes, once"
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
@@ -56,7 +57,7 @@ imports: $(VENV)/.dev
 	$(BIN)/lint-imports --no-cache
 
 specs: $(VENV)/.dev
-	$(BIN)/peftref check specs/*.yaml compositions/*.yaml
+	$(BIN)/peftref check --backbone minilm $$(find specs compositions -name '*.yaml' | sort)
 
 check: lint types imports specs test
 

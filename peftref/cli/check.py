@@ -30,7 +30,7 @@ def command(
     ],
     backbone: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="Folder or hub name of a model to compile them for."),
+        typer.Option(metavar="PATH", help="Model: a folder, a hub name, minilm."),
     ] = None,
     task: Annotated[TaskName, typer.Option(help="Head of the backbone.")] = "features",
     json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
@@ -43,9 +43,9 @@ def command(
     results: list[dict[str, object]] = []
     for source in specifications:
         try:
-            found = _found(source)
-            if compiled is not None:
-                found += f"; {compiled(source)}"
+            spec, found = _found(source)
+            if compiled is not None and spec is not None:
+                found += f"; {compiled(spec)}"
         except PeftRefError as error:
             results.append({"source": source, "valid": False, "message": str(error)})
         else:
@@ -55,15 +55,15 @@ def command(
         raise typer.Exit(2)
 
 
-def _compiler(backbone: str, task: TaskName) -> Callable[[str], str]:
+def _compiler(backbone: str, task: TaskName) -> Callable[[CompositionSpec], str]:
     """Return a function that compiles for the backbone and says how much is trained."""
     from peftref.backbone.hf import meta_model
     from peftref.compiler import compile as compile_plan
 
     model = meta_model(backbone, task)
 
-    def compiled(source: str) -> str:
-        plan = compile_plan(load(source), model)
+    def compiled(spec: CompositionSpec) -> str:
+        plan = compile_plan(spec, model)
         return f"{plan.trainable_parameters:,} trainable parameters"
 
     return compiled
@@ -80,8 +80,8 @@ def _print(results: Sequence[dict[str, object]], *, json: bool) -> None:
             note(f"error: {result['message']}")
 
 
-def _found(source: str) -> str:
-    """Return what a name, expression or file holds.
+def _found(source: str) -> tuple[CompositionSpec | None, str]:
+    """Return the spec of a name, expression or file, and what it holds; a macro has no spec.
 
     Raises:
         PeftRefError: it is wrong.
@@ -92,7 +92,7 @@ def _found(source: str) -> str:
         if "macro" in document.value:
             template = Template.read(document)
             template.function(node_of({}))
-            return f"macro {template.name}, {_number(len(template.parameters), 'parameter')}"
+            return None, f"macro {template.name}, {_number(len(template.parameters), 'parameter')}"
     spec = load(source)
     check_words(spec)
     modules = sum(len(member.technique.modules) for member in spec.members)
@@ -102,7 +102,7 @@ def _found(source: str) -> str:
         *([_number(len(spec.couplings), "coupling")] if spec.couplings else []),
     ]
     names = ", ".join(member.name for member in spec.members)
-    return f"{', '.join(parts)} ({names})"
+    return spec, f"{', '.join(parts)} ({names})"
 
 
 def _number(count: int, noun: str) -> str:

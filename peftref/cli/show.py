@@ -24,7 +24,7 @@ def command(
         str, typer.Argument(metavar="EXPR", help="Name, expression or file of a technique.")
     ],
     backbone: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Folder or hub name of a model.")
+        str | None, typer.Option(metavar="PATH", help="Model: a folder, a hub name, minilm.")
     ] = None,
     task: Annotated[TaskName, typer.Option(help="Head of the backbone.")] = "features",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens a step, for costs.")] = 1024,
