@@ -42,7 +42,11 @@ class ModelSession(TrialSession):
         self._report = None
         metrics: dict[str, Json] = {name: float(v) for name, v in result.metrics.items()}
         return {
-            "parameters": result.trainable_parameters, "score": result.score, "loss": result.loss, "metrics": metrics, "curve": curve,
+            "parameters": result.trainable_parameters,
+            "score": result.score,
+            "loss": result.loss,
+            "metrics": metrics,
+            "curve": curve,
             "seconds": result.seconds,
         }
 
