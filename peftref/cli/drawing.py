@@ -1,7 +1,7 @@
 """The adapter graph as a picture: Graphviz text, Mermaid text or SVG.
 
-Sites that are adapted alike are drawn once, with their number. The SVG is laid out here in rows
-by longest path, because the usual layout programs are not Python packages.
+Sites that are adapted alike are drawn once, with their number. The SVG is laid out here, a band
+for each write, because the usual layout programs are not Python packages.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def _write_box(node: WriteNode, sites: int) -> Box:
 
 
 def _dot(picture: Picture) -> str:
-    lines = ["digraph adapter {", '  node [shape=box, style=filled, fontname="monospace"];']
+    node = '  node [shape=box, style=filled, fontname="monospace"];'
+    lines = ["digraph adapter {", "  rankdir=LR;", node]
     for address, box in picture.boxes.items():
         text = "\\n".join(line.replace('"', r"\"") for line in box.lines)
         style = ', style="filled,dashed"' if box.kind == "frozen" else ""
@@ -128,7 +129,7 @@ def _dot(picture: Picture) -> str:
 
 
 def _mermaid(picture: Picture) -> str:
-    lines = ["flowchart TD"]
+    lines = ["flowchart LR"]
     for address, box in picture.boxes.items():
         text = "<br/>".join(escape(line) for line in box.lines)
         lines.append(f'  n{address}["{text}"]:::{box.kind}')
@@ -148,11 +149,11 @@ def _svg(picture: Picture) -> str:
     ]
     for source, target in picture.arrows:
         (x1, y1), (x2, y2) = centres[source], centres[target]
-        top, end = y1 + picture.boxes[source].height / 2, y2 - picture.boxes[target].height / 2
-        bend = (top + end) / 2
+        start, end = x1 + picture.boxes[source].width / 2, x2 - picture.boxes[target].width / 2
+        bend = (start + end) / 2
         parts.append(
-            f'<path d="M{x1:.1f} {top:.1f} C{x1:.1f} {bend:.1f} {x2:.1f} {bend:.1f} '
-            f'{x2:.1f} {end:.1f}" fill="none" stroke="#374151" marker-end="url(#end)"/>'
+            f'<path d="M{start:.1f} {y1:.1f} C{bend:.1f} {y1:.1f} {bend:.1f} {y2:.1f} '
+            f'{end:.1f} {y2:.1f}" fill="none" stroke="#374151" marker-end="url(#end)"/>'
         )
     for address, box in picture.boxes.items():
         parts += _svg_box(box, *centres[address])
@@ -173,47 +174,61 @@ def _svg_box(box: Box, x: float, y: float) -> list[str]:
 
 
 def _layout(picture: Picture) -> tuple[dict[int, tuple[float, float]], float, float]:
-    """Return the centre of every box, and the size of the picture."""
-    rows = _rows(picture)
-    neighbours: dict[int, list[int]] = {address: [] for address in picture.boxes}
-    for source, target in picture.arrows:
-        neighbours[source].append(target)
-        neighbours[target].append(source)
-    across = {address: float(i) for row in rows for i, address in enumerate(row)}
-    # Two sweeps towards the neighbours' mean undo most crossings of graphs this small.
-    for row in [*rows, *reversed(rows)]:
-        means = {
-            a: sum(across[n] for n in neighbours[a]) / len(neighbours[a]) if neighbours[a] else 0.0
-            for a in row
-        }
-        row.sort(key=lambda address: means[address])
-        across.update({address: float(i) for i, address in enumerate(row)})
-    widths = [sum(picture.boxes[a].width + GAP_X for a in row) for row in rows]
-    width, y = max(widths, default=0.0) + GAP_X, float(GAP_Y)
+    """Return the centre of every box, and the size of the picture.
+
+    A band for each write, from left to right by longest path; what several writes read stands in
+    the band of the first.
+    """
+    rank = _ranks(picture)
+    count = max(rank.values(), default=-1) + 1
+    widest = [
+        max(box.width for address, box in picture.boxes.items() if rank[address] == column)
+        for column in range(count)
+    ]
+    left = [sum(widest[:column]) + GAP_X * (2 * column + 1) for column in range(count)]
     centres: dict[int, tuple[float, float]] = {}
-    for row, taken in zip(rows, widths, strict=True):
-        x, tallest = (width - taken + GAP_X) / 2, max(picture.boxes[a].height for a in row)
-        for address in row:
-            box = picture.boxes[address]
-            centres[address] = (x + box.width / 2, y + tallest / 2)
-            x += box.width + GAP_X
+    y = float(GAP_Y)
+    for band in _bands(picture):
+        columns: dict[int, list[int]] = {}
+        for address in band:
+            columns.setdefault(rank[address], []).append(address)
+        stacks = {c: sum(picture.boxes[a].height + GAP_X for a in b) for c, b in columns.items()}
+        tallest = max(stacks.values())
+        for column, addresses in columns.items():
+            top = y + (tallest - stacks[column]) / 2
+            for address in addresses:
+                box = picture.boxes[address]
+                centres[address] = (left[column] + widest[column] / 2, top + box.height / 2)
+                top += box.height + GAP_X
         y += tallest + GAP_Y
+    width = (left[-1] + widest[-1] if count else 0.0) + GAP_X
     return centres, width, y
 
 
-def _rows(picture: Picture) -> list[list[int]]:
-    """Return the addresses by longest path from a source; sources stand above their first user."""
+def _bands(picture: Picture) -> list[list[int]]:
+    """Return the addresses of each write with what it alone, or it first, depends on."""
+    bands: list[list[int]] = [[]]
+    for address, box in picture.boxes.items():  # in an order in which they can be computed
+        bands[-1].append(address)
+        if box.kind == "write":
+            bands.append([])
+    return [band for band in bands if band]
+
+
+def _ranks(picture: Picture) -> dict[int, int]:
+    """Return the column of each box: longest path from a source, tensors before their user."""
     inputs: dict[int, list[int]] = {address: [] for address in picture.boxes}
     for source, target in picture.arrows:
         inputs[target].append(source)
     rank: dict[int, int] = {}
     for address in picture.boxes:
         rank[address] = max((rank[source] + 1 for source in inputs[address]), default=0)
+    last = max(rank.values(), default=0)
+    for address, box in picture.boxes.items():
+        if box.kind == "write":
+            rank[address] = last
     for address, box in picture.boxes.items():
         if not inputs[address] and box.kind in {"trained", "frozen"}:
             users = [rank[target] for source, target in picture.arrows if source == address]
             rank[address] = max(min(users) - 1, 0)
-    rows: list[list[int]] = [[] for _ in range(max(rank.values(), default=-1) + 1)]
-    for address in picture.boxes:
-        rows[rank[address]].append(address)
-    return [row for row in rows if row]
+    return rank

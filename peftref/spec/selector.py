@@ -13,7 +13,8 @@ from peftref.spec.typology import Port
 __all__ = ["SiteSelector", "is_site_pattern", "layers_of"]
 
 _NAME = r"[a-z0-9_*]+\??"
-_PART = rf"(?:{_NAME}|\{{{_NAME}(?:,{_NAME})*\}}\??)"
+_PATH = rf"{_NAME}(?:\.{_NAME})*"
+_PART = rf"(?:{_NAME}|\{{{_PATH}(?:,{_PATH})*\}}\??)"
 _ROLES = re.compile(rf"{_PART}(?:\.{_PART})*")
 _SLICE = re.compile(r"(?:-?\d+)?:(?:-?\d+)?(?::-?[1-9]\d*)?")
 
