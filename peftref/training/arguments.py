@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from peftref.errors import SpecError, unknown_name
@@ -30,7 +31,7 @@ OWNED = {
     "resume_from_checkpoint": "--resume",
     "use_cpu": "device",
 }
-# What a run on its own does with the order of the rows and with checkpoints leaves no choice here.
+# A run orders its rows and keeps its checkpoints in a way that these would break.
 FIXED = (
     "load_best_model_at_end", "train_sampling_strategy", "length_column_name", "data_seed",
     "ignore_data_skip", "save_only_model", "save_total_limit", "eval_on_start", "eval_delay",
@@ -48,26 +49,32 @@ DEFAULTS: Mapping[str, object] = {
 }
 
 
-def training_arguments(settings: RunSettings, folder: Path, seed: int, steps: int) -> TrainingArguments:
+def training_arguments(
+    settings: RunSettings, folder: Path, *, rate: float, seed: int, steps: int
+) -> TrainingArguments:
     """Return the arguments of a run that keeps its checkpoints under ``folder``.
 
     Raises:
         SpecError: ``arguments`` has an unknown field, one that the run file owns, or a bad value.
     """
     check_names(settings.arguments)
-    values: dict[str, Any] = {**DEFAULTS, **settings.arguments}
+    values: dict[str, Any] = {
+        **DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **settings.arguments
+    }
     values |= {
         "output_dir": str(folder),
         "per_device_train_batch_size": settings.batch_size,
         "per_device_eval_batch_size": settings.evaluation.batch_size,
         "max_steps": steps,
         "seed": seed,
-        "learning_rate": settings.learning_rate or 1e-3,
+        "learning_rate": rate,
         "eval_strategy": "no",
         "save_strategy": "no",
         "save_total_limit": 2,
         "disable_tqdm": True,
         "remove_unused_columns": False,
+        # The rows come in the order of training; one epoch is the whole run.
+        "train_sampling_strategy": "sequential",
         "use_cpu": settings.device == "cpu",
     }
     try:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
 from peftref.backbone import hf
+from peftref.backbone.names import resolve_backbone
 from peftref.errors import BackboneError
 from peftref.training.encode import pad_token
 from peftref.training.pooling import choose_pooling, set_pooling
@@ -64,7 +65,7 @@ def load_backbone(name: str, head: TaskHead, *, dtype: str, device: str | None) 
         BackboneError: there is no such checkpoint, or it cannot carry such a head.
     """
     target = _device(device)
-    source = str(Path(name).expanduser())
+    source = resolve_backbone(name)
     labels = len(head.label_names) if head.task == "classification" else None
     model = hf.load_backbone(source, head.task, labels, getattr(torch, dtype))
     tokenizer = load_tokenizer(source)

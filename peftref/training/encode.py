@@ -164,4 +164,4 @@ def pad_token(tokenizer: Any) -> int:
         if tokenizer.eos_token is None:
             raise DataError("the tokenizer has neither a padding nor an end token to pad with")
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer.pad_token_id
+    return tokenizer.pad_token_id  # pyright: ignore[reportReturnType]  # set just above

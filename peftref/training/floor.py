@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peftref.errors import TrainingError
+from peftref.errors import ArtifactError, TrainingError
 
-__all__ = ["HeadOnly"]
+__all__ = ["HEAD_RATE", "HeadOnly"]
 
-RATE = 1e-3
+HEAD_RATE = 1e-2
 
 
 class HeadOnly:
@@ -51,8 +52,13 @@ class HeadOnly:
         self, lr: float | None = None, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]:
         """Return the head as one group."""
-        rate = RATE if lr is None else lr
+        rate = HEAD_RATE if lr is None else lr
         return [{"params": list(self.head.values()), "lr": rate, "weight_decay": weight_decay}]
+
+    def tensors(self, members: tuple[str, ...] = ()) -> Mapping[str, Tensor]:
+        """Return nothing: there is no adapter."""
+        del members
+        return {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return nothing: there is no adapter."""
@@ -62,6 +68,24 @@ class HeadOnly:
         """Take nothing back."""
         if state:
             raise TrainingError(f"no composition is attached that has {next(iter(state))!r}")
+
+    def load_head(self, head: Mapping[str, Tensor]) -> None:
+        """Take task-head tensors back.
+
+        Raises:
+            ArtifactError: the model's head is another one.
+        """
+        if {n: t.shape for n, t in head.items()} != {n: t.shape for n, t in self.head.items()}:
+            raise ArtifactError(
+                f"head tensors {', '.join(sorted(head))} do not fit this model's head: "
+                f"{', '.join(sorted(self.head))}; load the backbone with the same task and labels"
+            )
+        with torch.no_grad():
+            for name, value in head.items():
+                self.head[name].copy_(value)
+
+    def prepare(self, batches: Iterable[Any]) -> None:
+        """Do nothing: there is no procedure."""
 
     def detach(self) -> None:
         """Let parameters train as they did before."""

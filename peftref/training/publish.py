@@ -1,53 +1,50 @@
-"""Folders appear complete or not at all, and nothing already on disk is lost on the way."""
+"""Nothing that is already on disk is lost."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 
 from peftref.errors import ArtifactError
 
-__all__ = ["check_free", "replaced_folder"]
+__all__ = ["check_free", "check_no_checkpoints", "checkpoints_of"]
+
+MARKER = "peftref.json"
 
 
-def check_free(path: Path, *, marker: str, overwrite: bool) -> None:
+def checkpoints_of(output: Path) -> Path:
+    """Return the folder of a run's checkpoints: beside its output, and gone when it ends well."""
+    return output.with_name(f"{output.name}.checkpoints")
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
     """Refuse a place that holds something else, before any work is done for it.
 
     Args:
-        path: where a folder is to be written.
-        marker: the file that makes a folder one of ours.
-        overwrite: whether one of ours may be replaced.
+        path: where an artifact is to be written.
+        overwrite: whether an artifact may be replaced.
 
     Raises:
         ArtifactError: something is there.
     """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    if not path.is_dir() or not (path / marker).is_file():
-        raise ArtifactError(f"{path} exists and holds something else; name another output")
+    if not path.is_dir() or not (path / MARKER).is_file():
+        raise ArtifactError(f"{path} exists and is no artifact; name another output")
     if not overwrite:
-        raise ArtifactError(f"{path} already holds a result; name another output or --overwrite")
+        raise ArtifactError(
+            f"{path} already holds an artifact; name another output, or replace it with --overwrite"
+        )
 
 
-@contextmanager
-def replaced_folder(path: Path) -> Generator[Path]:
-    """Give an empty folder beside ``path`` that takes its place when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield made
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
-    umask = os.umask(0)
-    os.umask(umask)
-    made.chmod(0o777 & ~umask)  # mkdtemp lets only its owner in
-    old = made.with_name(f"{made.name}.old")
-    if path.exists():
-        path.rename(old)
-    made.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+def check_no_checkpoints(output: Path, *, overwrite: bool) -> None:
+    """Refuse to start anew where an interrupted run could be resumed.
+
+    Raises:
+        ArtifactError: there are checkpoints.
+    """
+    folder = checkpoints_of(output)
+    if not overwrite and any(folder.glob("checkpoint-*")):
+        raise ArtifactError(
+            f"{folder} holds checkpoints of an interrupted run; go on with --resume, or start anew "
+            "with --overwrite"
+        )

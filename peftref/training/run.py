@@ -1,7 +1,7 @@
 """One run: when it is scored and saved, and who is told."""
 
 # Transformers' callback signatures are untyped.
-# ruff: noqa: ANN401, ARG002
+# ruff: noqa: ANN401
 
 from __future__ import annotations
 
@@ -58,10 +58,9 @@ class Run(TrainerCallback):
         control.should_save = self.keep and control.should_evaluate
         return control
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **kwargs: Any
-    ) -> Any:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Pass the score on; stop if asked to."""
+        metrics: Mapping[str, float] = kwargs["metrics"]
         scores = {name.removeprefix("eval_"): value for name, value in metrics.items()
                   if name != "epoch"}
         loss = scores["loss"]

@@ -84,7 +84,8 @@ class EvaluationSettings(Frozen):
 class RunSettings(Frozen):
     """Everything that determines a training run.
 
-    ``learning_rate`` None takes each technique's own default. ``composition`` None trains the
+    ``learning_rate`` None takes each technique's own default; ``head_learning_rate`` None is 0.01
+    for a new head on pooled vectors and else the composition's. ``composition`` None trains the
     task head alone. ``arguments`` sets any field of transformers' ``TrainingArguments`` that
     has no name of its own here. ``steps`` and ``epochs`` exclude each other; without both, a
     run takes three epochs. ``threads`` limits torch's threads in this process.
@@ -96,6 +97,7 @@ class RunSettings(Frozen):
     task: Task = "auto"
     pooling: Pooling = "auto"
     learning_rate: float | None = Field(default=None, gt=0.0)
+    head_learning_rate: float | None = Field(default=None, gt=0.0)
     steps: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0.0)
     batch_size: int = Field(default=32, ge=1)

@@ -1,26 +1,27 @@
 """What an attached composition needs of any ``transformers`` Trainer class."""
 
 # Transformers' overridden signatures are untyped.
-# ruff: noqa: ANN401, ARG002, D102
+# ruff: noqa: ANN401, D102
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from peftref.errors import TrainingError
+from peftref.procedures.base import Procedure
 
-__all__ = ["Procedure", "Trained", "last_checkpoint", "trainer"]
+__all__ = ["Trained", "last_checkpoint", "trainer"]
 
 WEIGHTS = "model.safetensors"  # the name that the stock resume looks for
 STATE = "trainer_state.json"  # the last file that a checkpoint gets
@@ -30,41 +31,27 @@ T = TypeVar("T", bound=Trainer)
 _CLASSES: dict[type, type] = {}
 
 
-class Procedure(Protocol):
-    """What happens over training time; see `peftref.procedures`."""
-
-    name: str
-
-    def loss(self, model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor | None:
-        """Return what is added to the loss of this batch."""
-        ...
-
-    def before_step(self, adapted: Any, step: int, total: int) -> None: ...
-    def after_backward(self, adapted: Any, step: int, total: int) -> None: ...
-    def after_step(self, adapted: Any, step: int, total: int) -> None: ...
-    def on_evaluate(self, adapted: Any, step: int, total: int) -> None: ...
-    def at_end(self, adapted: Any) -> None: ...
-
-
 class Trained(Protocol):
     """What is trained: an attached composition, or a task head alone."""
 
     handled: bool
 
     @property
-    def model(self) -> PreTrainedModel: ...
+    def model(self) -> Any: ...
+    def tensors(self, members: tuple[str, ...] = ()) -> Mapping[str, Tensor]: ...
     @property
     def trainable(self) -> Mapping[str, nn.Parameter]: ...
     @property
     def head(self) -> Mapping[str, nn.Parameter]: ...
     @property
-    def procedures(self) -> Sequence[Any]: ...
+    def procedures(self) -> Sequence[Procedure[Any]]: ...
     def parameter_groups(
         self, lr: float | None = None, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]: ...
     def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
-    def prepare(self, batches: Sequence[Mapping[str, Tensor]]) -> None: ...
+    def prepare(self, batches: Iterable[Mapping[str, Any]]) -> None: ...
+    def detach(self) -> Any: ...
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -104,7 +91,9 @@ class Moments(TrainerCallback):
         self._each("after_step", state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._each("on_evaluate", state)
+        metrics = kwargs.get("metrics") or {}
+        for procedure in self.adapted.procedures:
+            procedure.on_evaluate(self.adapted, metrics)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -133,7 +122,8 @@ class AdaptedTraining(Trainer):
     """The overrides that `trainer` puts before a Trainer class."""
 
     def __init__(
-        self, *args: Any, adapted: Trained, cited_rates: float | None = None, **kwargs: Any
+        self, *args: Any, adapted: Trained, cited_rates: float | None = None,
+        head_rate: float | None = None, **kwargs: Any
     ) -> None:
         """Take the base's arguments, and two more.
 
@@ -142,10 +132,12 @@ class AdaptedTraining(Trainer):
             adapted: what is trained; its model is the default of ``model``.
             cited_rates: use each technique's own learning rate, times this factor; None: use
                 the learning rate of ``args``.
+            head_rate: learning rate of the task head; None: as the composition's.
             **kwargs: for the base.
         """
         self.adapted = adapted
         self.cited_rates = cited_rates
+        self.head_rate = head_rate
         if not args:
             kwargs.setdefault("model", adapted.model)
         adapted.handled = True
@@ -172,6 +164,8 @@ class AdaptedTraining(Trainer):
         groups = self.adapted.parameter_groups(lr=rate, weight_decay=self.args.weight_decay)
         if self.cited_rates is not None:
             groups = [{**group, "lr": group["lr"] * self.cited_rates} for group in groups]
+        if self.head_rate is not None:
+            groups = _with_head_rate(groups, self.adapted.head.values(), self.head_rate)
         self._check_groups(groups)
         self.optimizer = kind(groups, **options)
         return self.optimizer
@@ -222,7 +216,7 @@ class AdaptedTraining(Trainer):
             )
         return loss
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, preparing the procedures on the first batches; resume skips what was cut off."""
         if resume_from_checkpoint is True:
             found = last_checkpoint(Path(str(self.args.output_dir)))
@@ -232,14 +226,16 @@ class AdaptedTraining(Trainer):
             resume_from_checkpoint = str(found)
         if not resume_from_checkpoint and self.adapted.procedures:
             self._prepare_procedures()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     def _prepare_procedures(self) -> None:
         """Show the procedures the first batches, without moving any random stream."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            batches = islice(self.get_train_dataloader(), SETUP_BATCHES)
-            self.adapted.prepare([dict(self._prepare_inputs(batch)) for batch in batches])
+            self.adapted.prepare(
+                dict(self._prepare_inputs(batch))
+                for batch in islice(self.get_train_dataloader(), SETUP_BATCHES)
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write adapter and head alone; sharded training keeps the base's own way."""
@@ -248,7 +244,16 @@ class AdaptedTraining(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._tensors(), folder / WEIGHTS, metadata={"format": "pt"})
+        states = [procedure.state_dict() for procedure in self.adapted.procedures]
+        tensors, plain = self._tensors(), [dict[str, Any]() for _ in states]
+        for number, state in enumerate(states):
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"procedure.{number}.{name}"] = value.detach().cpu().clone()
+                else:
+                    plain[number][name] = value
+        told = {"format": "pt", "procedures": json.dumps(plain)}
+        save_file(tensors, folder / WEIGHTS, metadata=told)
 
     def _tensors(self) -> dict[str, Tensor]:
         held = {f"adapter.{name}": value for name, value in self.adapted.state_dict().items()}
@@ -263,11 +268,17 @@ class AdaptedTraining(Trainer):
             return
         path = Path(resume_from_checkpoint) / WEIGHTS
         try:
-            loaded = load_file(path)
-        except (OSError, SafetensorError) as error:
+            with safe_open(path, framework="pt") as opened:
+                loaded = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                told = json.loads((opened.metadata() or {}).get("procedures", "[]"))
+        except (OSError, ValueError, SafetensorError) as error:
             raise TrainingError(f"{path}: not a readable checkpoint: {error}") from error
-        expected = self._tensors()
-        _check_keys(path, loaded, expected)
+        for number, procedure in enumerate(self.adapted.procedures):
+            prefix = f"procedure.{number}."
+            names = [name for name in loaded if name.startswith(prefix)]
+            tensors = {name.removeprefix(prefix): loaded.pop(name) for name in names}
+            procedure.load_state_dict({**(told[number] if number < len(told) else {}), **tensors})
+        _check_keys(path, loaded, self._tensors())
         self.adapted.load_state_dict({
             name.removeprefix("adapter."): value
             for name, value in loaded.items() if name.startswith("adapter.")
@@ -279,6 +290,21 @@ class AdaptedTraining(Trainer):
         """Load the best checkpoint the way that it was written."""
         if self.state.best_model_checkpoint is not None:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _with_head_rate(
+    groups: Iterable[Mapping[str, Any]], head: Iterable[nn.Parameter], rate: float
+) -> list[dict[str, Any]]:
+    """Return the groups with the head's parameters in groups of their own, at ``rate``."""
+    known = {id(parameter) for parameter in head}
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        for of_head in (False, True):
+            chosen = [each for each in group["params"] if (id(each) in known) == of_head]
+            if chosen:
+                lr = rate if of_head else group["lr"]
+                split.append({**group, "params": chosen, "lr": lr})
+    return split
 
 
 def _check_keys(path: Path, loaded: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

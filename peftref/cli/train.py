@@ -1,0 +1,125 @@
+"""``peftref train``: train one composition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peftref.cli.style import note, print_json, print_text
+from peftref.errors import SpecError
+
+if TYPE_CHECKING:
+    from peftref.training.run import Progress as Scored
+    from peftref.training.session import FitResult
+    from peftref.training.settings import RunSettings
+
+__all__ = ["command"]
+
+
+def command(
+    composition: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[COMPOSITION]",
+            help="Technique, composition or expression; 'none' trains the task head alone.",
+        ),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="FILE", help="Run file; flags override it.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Folder or hub name of the backbone; 'minilm'.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="File, folder, 'trec6', or a data set's hub name.")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Folder for the artifact.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of everything random.")] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Set a field of the run file."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of this run.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an artifact that is there, at the end.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train a composition on a data set and save it as an artifact."""
+    from peftref.training.publish import check_free, check_no_checkpoints
+    from peftref.training.settings import load_settings
+
+    flags: dict[str, object] = {
+        "composition": composition, "backbone": backbone, "data": data, "output": output,
+        "steps": steps, "seed": seed,
+    }
+    settings = load_settings(run, flags, assignments or [])
+    if settings.output is None:
+        raise SpecError("where shall the artifact go? Give --output FOLDER, or 'output' in the run")
+    if settings.composition is None:
+        raise SpecError(
+            "what shall be trained? Give a composition, such as lora; none trains the head alone"
+        )
+    place = Path(settings.output)
+    check_free(place, overwrite=overwrite)
+    if not resume:
+        check_no_checkpoints(place, overwrite=overwrite)
+    result = _fit(settings, place, resume=resume)
+    if json:
+        print_json({
+            "artifact": str(result.artifact), "metrics": dict(result.metrics),
+            "trainable_parameters": result.trainable_parameters, "steps": result.steps,
+            "seconds": round(result.seconds, 2),
+        })
+        return
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+    print_text(f"Validation after {result.steps} steps: {scores}")
+    print_text(
+        f"{result.trainable_parameters:,} trainable parameters without the head; "
+        f"{result.seconds:.0f} s"
+    )
+    print_text(f"Artifact: {result.artifact}")
+
+
+def _fit(settings: RunSettings, place: Path, *, resume: bool) -> FitResult:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from peftref.training.session import TrainingSession
+
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[scores]}"),
+    )
+    quiet = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
+        task = bar.add_task("training", total=None, scores="", visible=False)
+
+        def on_step(step: int, total: int) -> None:
+            bar.update(task, completed=step, total=total, visible=True)
+
+        def on_evaluate(scored: Scored) -> bool:
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in scored.metrics.items())
+            bar.update(task, scores=f"loss {scored.loss:.4f}")
+            note(f"step {scored.step} of {scored.total}: {shown}")
+            return False
+
+        session = TrainingSession(settings, on_step=on_step)
+        session.encoded("train")
+        for line in session.notes:
+            note(line)
+        return session.fit(
+            settings.composition, output=place, resume=resume, on_evaluate=on_evaluate
+        )
