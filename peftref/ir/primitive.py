@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "FROM_BACKBONE",
     "IDENTITY",
     "Algebra",
     "Arguments",
@@ -35,6 +36,10 @@ class Arguments(Frozen):
     """Arguments common to all primitives; ``name`` names its tensors."""
 
     name: str | None = None
+
+
+FROM_BACKBONE = ("vocabulary", "weight_norm")
+"""Initialisers that read the backbone's tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,11 @@ class TensorSpec:
     sliced: bool = False
     buffer: bool = False
     stacked: int = 0
+
+    @property
+    def from_backbone(self) -> bool:
+        """Whether it starts at values of the backbone's own tensor at its site."""
+        return self.init in FROM_BACKBONE
 
     @property
     def size(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftref.errors import SpecError
-from peftref.ir.primitive import TensorSpec
+from peftref.ir.primitive import FROM_BACKBONE, TensorSpec
 
 __all__ = ["initial_tensor"]
 
@@ -128,7 +128,6 @@ def _vocabulary(weight: Tensor, shape: tuple[int, ...], generator: torch.Generat
     return weight[rows[torch.arange(shape[0]) % pool]].clone()
 
 
-_FROM_WEIGHT: dict[str, Callable[[Tensor, tuple[int, ...], torch.Generator], Tensor]] = {
-    "weight_norm": _weight_norm,
-    "vocabulary": _vocabulary,
-}
+_FROM_WEIGHT: dict[str, Callable[[Tensor, tuple[int, ...], torch.Generator], Tensor]] = dict(
+    zip(FROM_BACKBONE, (_vocabulary, _weight_norm), strict=True)
+)

@@ -36,7 +36,7 @@ class TieParameters:
 
     Case 2: unequal shapes of a tensor that may be sliced: the largest is owned, users take a
     corner.
-    Case 3: unequal shapes otherwise: refused.
+    Case 3: unequal shapes otherwise, or a tensor that starts at backbone values: refused.
     """
 
     name: str = "tie parameters"
@@ -54,6 +54,12 @@ class TieParameters:
     @staticmethod
     def _tie(graph: AdapterGraph, owner: str, users: list[tuple[int, TensorNode]]) -> None:
         first = users[0][1]
+        if first.spec.from_backbone:
+            raise CompositionError(
+                f"{first.member}.{first.module}: tensor {first.spec.name!r} starts at values of "
+                f"the backbone at its own site ({first.spec.init}), so that sites cannot share "
+                "it; share other tensors"
+            )
         shapes = {node.spec.shape for _, node in users}
         shape = first.spec.shape
         if len(shapes) > 1:

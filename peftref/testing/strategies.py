@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from hypothesis import assume
 from hypothesis import strategies as st
@@ -26,11 +27,19 @@ from peftref.spec.composition import CompositionSpec
 from peftref.spec.expression import Coupled, Term, Use, format_expression
 from peftref.spec.parameter import Parameter, ParameterValue
 
-__all__ = ["Composed", "compositions", "techniques"]
+__all__ = ["Composed", "Printer", "compositions", "techniques"]
 
 COUPLINGS = ("gate", "mix", "prune", "share")
 INITIALISERS = ("normal(0.02)", "normal(0.5)", "uniform(0.3)", "truncated_normal(0.1)",
                 "xavier_uniform", "kaiming_uniform")
+
+
+class Printer(Protocol):
+    """What Hypothesis prints a failing example with."""
+
+    def text(self, text: str) -> None:
+        """Print text as it is."""
+        ...
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,6 +51,9 @@ class Composed:
 
     def __repr__(self) -> str:
         return f"# {self.expression}\n{to_yaml(self.spec)}"
+
+    def _repr_pretty_(self, printer: Printer, cycle: bool) -> None:  # noqa: FBT001 - Hypothesis'
+        printer.text(repr(self))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from peftref.adapted import Adapted
 from peftref.backbone.hf import site_table
 from peftref.backbone.site_table import SiteTable
 from peftref.compiler import compile_table
-from peftref.testing.strategies import Composed, compositions
+from peftref.testing.strategies import Composed, Printer, compositions
 from tests.backbone.tiny import Task, inputs, tiny
 
 __all__ = ["TASKS", "Case", "attached", "batch", "cases", "examples", "fresh", "model", "output",
@@ -45,14 +45,19 @@ class Case:
     def __repr__(self) -> str:
         return f"# {self.family}\n{self.composed!r}"
 
+    def _repr_pretty_(self, printer: Printer, cycle: bool) -> None:
+        printer.text(repr(self))
+
 
 def cases(*families: str, **options: Any) -> st.SearchStrategy[Case]:
     """Return a strategy of cases over some families (default: all)."""
 
-    def of(family: str) -> st.SearchStrategy[Case]:
-        return compositions(table(family), **options).map(lambda drawn: Case(family, drawn))
+    @st.composite
+    def case(draw: st.DrawFn) -> Case:
+        family = draw(st.sampled_from(families or tuple(TASKS)))
+        return Case(family, draw(compositions(table(family), **options)))
 
-    return st.sampled_from(families or tuple(TASKS)).flatmap(of)
+    return case()
 
 
 @cache

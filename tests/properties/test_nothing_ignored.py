@@ -25,6 +25,8 @@ REFUSED = {
     "prefix_tuning(hidden=32)": "hidden",
     "prefix_tuning(reparameterisation='mlp', init='normal(0.1)')": "init",
     "share(lora, tensors=['donw.*'])": "'donw.*' matches no tensor",
+    "share(dora)": "starts at values of the backbone",
+    "share(prompt_tuning)": "starts at values of the backbone",
     "mix(lora, share=['donw.*'])": "'donw.*', which is no tensor",
     "mix(lora, copies=1)": "greater than 1",
     "mix(lora, copeis=2)": "copies",

@@ -1,0 +1,80 @@
+"""Property 7: each way to run an edit equals the plain one, in outputs and every gradient."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import assume, event, given
+from torch import Tensor
+
+import peftref
+from peftref.compiler import compile_table
+from peftref.ir.plan import Plan
+from peftref.ir.types import Form
+from peftref.passes.choose_lowering import ChooseLowering
+from peftref.passes.fuse import Fuse
+from tests.lowering.randomised import randomise
+from tests.properties.backbones import Case, batch, cases, examples, model, table
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}  # float64
+
+
+def plan_as(case: Case, *, factored: bool, fused: bool) -> Plan:
+    """Plan with one form for every edit that has the choice."""
+    accumulates = Fuse._accumulates if fused else lambda *_: False
+    with (
+        patch.object(ChooseLowering, "_factored_is_cheaper", lambda *_: factored),
+        patch.object(Fuse, "_accumulates", staticmethod(accumulates)),
+    ):
+        return compile_table(case.composed.spec, table(case.family))
+
+
+def run(case: Case, plan: Plan) -> dict[str, Tensor]:
+    """Output, and gradients of adapter and head, of one weighted sum of the outputs."""
+    backbone = model(case.family, torch.float64)
+    adapted = peftref.attach(backbone, plan)
+    try:
+        randomise(adapted)
+        logits = backbone(**batch(case.family)).logits
+        weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+        (weights * logits).sum().backward()
+        found = {"output": logits.detach()}
+        for name, parameter in (*adapted.trainable.items(), *adapted.head.items()):
+            assert parameter.grad is not None, name
+            found[name] = parameter.grad.clone()
+            parameter.grad = None
+        return found
+    finally:
+        adapted.detach()
+
+
+def forms(plan: Plan) -> list[Form | None]:
+    return [edit.write.form for module in plan.modules for edit in module.edits]
+
+
+@examples(50)
+@given(cases())
+def test_factored_formed_and_unfused_are_equal(case: Case):
+    factored = plan_as(case, factored=True, fused=True)
+    formed = plan_as(case, factored=False, fused=False)
+    unfused = plan_as(case, factored=True, fused=False)
+    assume(not factored.properties.needs_data)  # masks of other tensors would be compared
+    event(f"forms differ: {forms(factored) != forms(formed)}")
+    plain = run(case, formed)
+    for plan in (factored, unfused):
+        found = run(case, plan)
+        assert found.keys() == plain.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, plain[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_the_forms_are_forced(family: str):
+    """That the comparison above compares two things."""
+    drawn = Case(family, None)  # pyright: ignore[reportArgumentType]
+    spec = peftref.load("lora(rank=2)")
+    object.__setattr__(drawn, "composed", type("Drawn", (), {"spec": spec}))
+    assert set(forms(plan_as(drawn, factored=True, fused=True))) == {Form.FACTORED}
+    assert set(forms(plan_as(drawn, factored=False, fused=True))) == {Form.FORMED}
