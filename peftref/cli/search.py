@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,6 +66,8 @@ def command(
 
 
 def _search(run: SearchRun, *, json: bool) -> None:
+    # The driver's sampler must not take the cores of the workers; read when torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from peftref.search.run import default_folder, model_tools, search
 
     folder = Path(run.output) if run.output is not None else default_folder(run)
