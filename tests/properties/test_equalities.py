@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import event, given
 
 from peftref.errors import MergeError
 from tests.lowering.randomised import randomise
-from tests.properties.backbones import Case, attached, batch, cases, examples, model, output, snapshot
+from tests.properties.backbones import (
+    Case,
+    attached,
+    batch,
+    cases,
+    examples,
+    model,
+    output,
+    snapshot,
+)
 
-EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64: what a formed weight rounds differently
+EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}  # float64: what a formed weight rounds differently
 MERGED = 1e-10  # float64, relative to the largest output
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -18,7 +19,7 @@ from peftref.passes.fuse import Fuse
 from tests.lowering.randomised import randomise
 from tests.properties.backbones import Case, batch, cases, examples, model, table
 
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}  # float64
+CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}  # float64
 
 
 def plan_as(case: Case, *, factored: bool, fused: bool) -> Plan:
