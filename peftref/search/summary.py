@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import correlation
 from typing import Any
 
-import numpy as np
 import optuna
 from scipy import stats
 
@@ -130,7 +130,7 @@ def _rank_correlation(records: Sequence[Record]) -> dict[str, float] | None:
     last = [curve[-1][1] for curve in curves]
     if len(curves) < 3 or len(set(first)) < 2 or len(set(last)) < 2:
         return None
-    rho = float(np.corrcoef(stats.rankdata(first), stats.rankdata(last))[0, 1])
+    rho = correlation(stats.rankdata(first).tolist(), stats.rankdata(last).tolist())
     return {"rho": rho, "trainings": len(curves), "step": curves[0][0][0], "of": curves[0][-1][0]}
 
 
