@@ -16,7 +16,7 @@ from tests.backbone.tiny import inputs, tiny
 from tests.parity.peft_pairs import TASKS, gradients, logits, perturb
 from tests.parity.plain_bert import Change, bottleneck, classify, tensors_under
 
-CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 # Path of one layer, and in it: the linears that write attention and FFN, the FFN's input, the
 # module that ends the layer with a residual sum.
 LAYERS = {

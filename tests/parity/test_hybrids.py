@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests.backbone.tiny import inputs, tiny
 from tests.parity.peft_pairs import gradients, logits, perturb
 from tests.parity.plain_bert import Change, bottleneck, classify, tensors_under
 
-CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 LAYERS = range(2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import peft
 import pytest
@@ -15,7 +16,7 @@ import peftref
 from tests.backbone.tiny import inputs, tiny
 from tests.parity.peft_pairs import TASKS, gradients, logits, peft_model, perturb
 
-CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 PEFT_TASKS = {"bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
 LENGTH, HIDDEN = 3, 12
 # PEFT gives T5 a prefix in the self-attention of the decoder only.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 import pytest
 import torch
@@ -86,7 +88,7 @@ def test_equals_peft(family: str, expression: str, config: peft.PeftConfig) -> N
     expected = logits(pair.theirs, pair.batch)
     with pair.ours.disabled():
         assert (logits(model, pair.batch) - expected).abs().max() > 1e-3
-    close = {"rtol": 1e-10, "atol": 1e-10}
+    close: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
     torch.testing.assert_close(logits(model, pair.batch), expected, **close)
     theirs = gradients(pair.theirs, pair.batch, {n: pair.parameter(n) for n in pair.names})
     for name, gradient in gradients(model, pair.batch, pair.ours.trainable).items():

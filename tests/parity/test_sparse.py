@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.backbone.tiny import inputs, tiny, tiny_config
 from tests.parity.peft_pairs import gradients, logits
 from tests.parity.plain_bert import Change, bottleneck, classify, tensors_under
 
-CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 BASE = "houlsby_adapter(bottleneck=6, site=ffn, init='normal(0.1)')"
 
 
