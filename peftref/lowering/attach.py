@@ -312,21 +312,22 @@ def refresh(model: nn.Module) -> None:
     if root is None:
         return
     guard = root.guard
-    prompt, mask, reasons = 0, False, list[str]()
+    prompt, mask, prefix, reasons = 0, False, False, list[str]()
     for path, module in swapped_modules(model):
         for _, edit in state_of(module).bound():
             algebra = edit.edit.write.algebra
             if edit.stage is Stage.TOKENS:
                 guard.vocabulary = int(module.num_embeddings)  # pyright: ignore[reportArgumentType]
                 prompt += edit.rows_of_tokens(torch.empty(0)).shape[-2]
+            prefix = prefix or edit.stage is Stage.KEYS_VALUES
             if algebra is not None and algebra.per_sample:
                 mask = True
             if algebra is not None and algebra.mixes_tokens:
                 reasons.append(f"{edit.edit.write.member} at {path}")
-    guard.prompt, guard.needs_mask = prompt, mask
+    guard.prompt, guard.needs_mask, guard.prefix = prompt, mask, prefix
     guard.no_cache = (
         f"{reasons[0]} depends on all tokens of a row, which cached decoding does not see; "
-        "disable it, or decode without peftref's generate" if reasons else ""
+        "disable it, or decode with whole forwards (use_cache=False)" if reasons else ""
     )
 
 

@@ -26,6 +26,7 @@ class RootGuard:
     Attributes:
         prompt: number of learned tokens; ids from ``vocabulary`` on stand for them.
         after: tokens of the text that stay before them: 1 where a head reads the first token.
+        prefix: whether attention sees learned rows.
         vocabulary: first virtual token id.
         needs_mask: whether gates need the padding mask.
         no_cache: why ``generate`` must be refused; "" when it may run.
@@ -35,6 +36,7 @@ class RootGuard:
     prompt: int = 0
     after: int = 0
     encoder_decoder: bool = False
+    prefix: bool = False
     vocabulary: int = 0
     needs_mask: bool = False
     no_cache: str = ""
@@ -42,6 +44,13 @@ class RootGuard:
     checks: dict[str, Callable[[nn.Module], None]] = field(
         default_factory=dict[str, Callable[[nn.Module], None]]
     )
+
+
+    @property
+    def counts_positions(self) -> bool:
+        """Whether tokens of a decoder stand behind learned rows."""
+        rows = self.prefix or self.prompt > 0
+        return rows and self.after == 0 and not self.encoder_decoder
 
 
 class RootState(AdapterState):
@@ -67,17 +76,22 @@ def root_class(base: type[nn.Module]) -> type[nn.Module]:
         if not torch.compiler.is_compiling():
             for check in guard.checks.values():
                 check(self)
-        if not guard.prompt and not guard.needs_mask:
+        if not guard.prompt and not guard.needs_mask and not guard.prefix:
             return base.forward(self, *args, **kwargs)
         call = inspect.signature(base.forward).bind_partial(self, *args, **kwargs).arguments
         call.pop("self")
         call = {**call, **call.pop("kwargs", {})}
+        cached = _cached(call)
+        if guard.no_cache and cached:
+            raise BackboneError(f"a forward that goes on from a cache: {guard.no_cache}")
         if guard.prompt and not guard.generating:
-            call = _with_prompt(guard, call)
+            call = _with_prompt(guard, call, cached=cached)
+        if guard.counts_positions and "position_ids" in inspect.signature(base.forward).parameters:
+            call = _with_positions(call)
         known = call if guard.needs_mask else {}
         with _masks(state.context, known, encoder_decoder=guard.encoder_decoder):
             result = base.forward(self, **call)
-        return _without_prompt(guard, result) if guard.prompt else result
+        return _without_prompt(guard, result) if guard.prompt and not cached else result
 
     def generate(self: nn.Module, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # noqa: ANN401
         guard: RootGuard = getattr(self, CHILD).guard
@@ -146,8 +160,34 @@ def _masks(
         context.masks = before
 
 
-def _with_prompt(guard: RootGuard, call: dict[str, Any]) -> dict[str, Any]:
-    """Put virtual tokens in front of ids, mask, types, positions and labels alike."""
+def _cached(call: dict[str, Any]) -> bool:
+    """Whether this forward goes on from keys and values of an earlier one."""
+    cache = call.get("past_key_values")
+    return cache is not None and bool(cache.get_seq_length())
+
+
+def _with_positions(call: dict[str, Any]) -> dict[str, Any]:
+    """Count positions from the first token that is no padding.
+
+    Learned rows stand at fixed positions, so that padding in front of the tokens would move them
+    away from the rows, also in models that see relative positions only.
+    """
+    mask, ids = call.get("attention_mask"), call.get("input_ids")
+    given = call.get("position_ids") is not None
+    if given or ids is None or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return call
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return {**call, "position_ids": positions[:, -ids.shape[1] :]}
+
+
+def _with_prompt(guard: RootGuard, call: dict[str, Any], *, cached: bool) -> dict[str, Any]:
+    """Put virtual tokens in front of ids, mask, types, positions and labels alike.
+
+    Where an earlier forward has put them into the cache (or the encoder's output), only the mask
+    still misses them.
+    """
+    if cached or call.get("encoder_outputs") is not None:
+        return _behind_prompt(guard, call)
     ids = call.get("input_ids")
     if ids is None:
         raise BackboneError("a prompt needs input_ids; inputs_embeds carry no virtual tokens")
@@ -165,6 +205,15 @@ def _with_prompt(guard: RootGuard, call: dict[str, Any]) -> dict[str, Any]:
     labels = call.get("labels")
     if labels is not None and labels.shape == ids.shape and not guard.encoder_decoder:
         call["labels"] = _front(guard, labels, -100)
+    return call
+
+
+def _behind_prompt(guard: RootGuard, call: dict[str, Any]) -> dict[str, Any]:
+    call = dict(call)
+    if call.get("attention_mask") is not None:
+        call["attention_mask"] = _front(guard, call["attention_mask"], 1)
+    if call.get("position_ids") is not None:
+        call["position_ids"] = call["position_ids"] + guard.prompt
     return call
 
 

@@ -8,9 +8,10 @@ from hypothesis import event, given
 from torch import Tensor
 from torch.nn.functional import pad
 
+import peftref
 from peftref.errors import BackboneError
 from tests.lowering.randomised import randomise
-from tests.properties.backbones import Case, attached, batch, cases, examples, output
+from tests.properties.backbones import Case, attached, batch, cases, examples, fresh, output
 
 CLOSE = 1e-9  # float64, relative to the largest logit
 PADDING, NEW = 3, 4
@@ -88,3 +89,58 @@ def test_cached_decoding_equals_the_full_forward(case: Case):
             left = {n: pad(t, (PADDING, 0)) for n, t in row.items()}
             tokens = adapted.model.generate(**left, **options)
             assert torch.equal(tokens[:, PADDING:], full)
+
+
+ROWS = ["prompt_tuning(length=3)", "prefix_tuning(length=3)",
+        "prefix_tuning(length=2) + prompt_tuning(length=3) + lora(rank=2)"]
+
+
+@pytest.mark.parametrize("expression", ROWS)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_cache_that_the_caller_holds(family: str, expression: str):
+    """The rows are in the cache once, and stay visible, with and without a mask."""
+    backbone = fresh(family, torch.float64)
+    randomise(peftref.attach(backbone, expression))
+    row = batch(family)
+    whole = output(backbone, row)
+    for with_mask in (True, False):
+        first, rest = ({n: t[:, part] for n, t in row.items()} for part in (slice(4), slice(4, None)))
+        if with_mask:
+            rest["attention_mask"] = row["attention_mask"]
+        else:
+            del first["attention_mask"], rest["attention_mask"]
+        start = backbone(**first, use_cache=True)
+        end = backbone(**rest, past_key_values=start.past_key_values)
+        logits = torch.cat((start.logits, end.logits), 1)
+        torch.testing.assert_close(logits, whole, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("expression", ROWS)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_left_padding_without_positions(family: str, expression: str):
+    """Rows have fixed positions, so the tokens' are counted from the first real one."""
+    backbone = fresh(family, torch.float64)
+    randomise(peftref.attach(backbone, expression))
+    row = batch(family)
+    left = {n: t for n, t in padded(row, "left").items() if n != "position_ids"}
+    torch.testing.assert_close(output(backbone, left)[:, PADDING:], output(backbone, row),
+                               rtol=0, atol=1e-9)
+
+
+def test_gates_refuse_a_cache():
+    backbone, row = fresh("gpt2"), batch("gpt2")
+    peftref.attach(backbone, "gate(lora(rank=2))")
+    start = backbone(**row, use_cache=True)
+    with pytest.raises(BackboneError, match="goes on from a cache"):
+        backbone(input_ids=row["input_ids"][:, :1], past_key_values=start.past_key_values)
+
+
+def test_a_prompt_in_the_encoders_output():
+    """A decoder that goes on from given encoder states still masks them right."""
+    backbone, row = fresh("t5", torch.float64), padded(batch("t5"), "right")
+    randomise(peftref.attach(backbone, "prompt_tuning(length=3)"))
+    whole = backbone(**row)
+    again = backbone(encoder_outputs=(whole.encoder_last_hidden_state,),
+                     attention_mask=row["attention_mask"],
+                     decoder_input_ids=row["decoder_input_ids"])
+    torch.testing.assert_close(again.logits, whole.logits, rtol=0, atol=1e-12)
