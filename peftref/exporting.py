@@ -16,6 +16,8 @@ from peftref.backbone.hf import weight_hash
 from peftref.errors import ArtifactError
 from peftref.lowering.low_rank import low_rank_factors
 from peftref.lowering.original import original_class
+from peftref.lowering.state import settled
+from peftref.lowering.swap import state_of
 from peftref.lowering.weight import is_transposed
 from peftref.registry import loaded_plugins
 
@@ -31,8 +33,7 @@ def save(adapted: Adapted, path: Path, metadata: Mapping[str, Any]) -> Path:
     Raises:
         ArtifactError: it cannot be written, or the adapter is merged.
     """
-    if adapted.merged:
-        raise ArtifactError("the adapter is merged into the backbone; unmerge before saving")
+    _refuse_merged(adapted)
     tensors = dict(adapted.state_dict())
     tensors.update({f"{HEAD}{name}": tensor for name, tensor in adapted.head.items()})
     with replaced_folder(path) as folder:
@@ -40,6 +41,11 @@ def save(adapted: Adapted, path: Path, metadata: Mapping[str, Any]) -> Path:
         if not adapted.plan.servable["peft"]:
             _write_peft(adapted, folder / "peft")
     return path
+
+
+def _refuse_merged(adapted: Adapted) -> None:
+    if adapted.merged:
+        raise ArtifactError("the adapter is merged into the backbone; unmerge before saving")
 
 
 def _info(adapted: Adapted, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,6 +89,7 @@ def export_peft(adapted: Adapted, path: Path) -> Path:
     if blockers:
         shown = "; ".join(blockers[:5])
         raise ArtifactError(f"PEFT's LoRA format cannot express this: {shown}")
+    _refuse_merged(adapted)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ArtifactError(f"{path}: exists already; give a new folder")
     _write_peft(adapted, path)
@@ -92,7 +99,7 @@ def export_peft(adapted: Adapted, path: Path) -> Path:
 def _write_peft(adapted: Adapted, folder: Path) -> None:
     attachment = adapted.attached()
     factors: dict[str, LowRank] = {}
-    with torch.no_grad():
+    with torch.no_grad(), settled(state_of(m) for m in attachment.modules.values()):
         for plan in adapted.plan.modules:
             module = attachment.modules[plan.path]
             factors[plan.path] = low_rank_factors(module, adapted.name)

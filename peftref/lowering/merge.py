@@ -12,7 +12,7 @@ from peftref.ir.types import Stage
 from peftref.lowering.attach import Attachment, refresh
 from peftref.lowering.fold import Fold
 from peftref.lowering.program import BoundEdit, gather_rows, scatter_rows
-from peftref.lowering.state import AdapterState
+from peftref.lowering.state import AdapterState, settled
 from peftref.lowering.swap import state_of
 from peftref.lowering.weight import dense_weight, is_plain_linear, store_weight
 
@@ -44,7 +44,7 @@ def merge_modules(
     for path in paths:
         _refuse(path, attachment.modules[path], attachment.name)
     left: list[str] = []
-    with torch.no_grad():
+    with torch.no_grad(), settled(state_of(attachment.modules[path]) for path in paths):
         for path in paths:
             left.extend(_merge_module(model, path, attachment))
     refresh(model)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from peftref.ir.edits import EditPlan
 from peftref.lowering.fold import Fold
 from peftref.lowering.program import BoundEdit
 
-__all__ = ["CHILD", "AdapterState", "CallContext", "TensorTree"]
+__all__ = ["CHILD", "AdapterState", "CallContext", "TensorTree", "settled"]
 
 CHILD = "peftref"
 """Name of the one child that a swapped module gets; all adapter keys lie under it."""
@@ -132,3 +133,19 @@ class AdapterState(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Bound forms are closures over this very object: a copy must bind its own.
         return {**self.__dict__, "_fold": None, "_stale": True}
+
+
+@contextmanager
+def settled(states: Iterable[AdapterState]) -> Iterator[None]:
+    """Within this context nothing is drawn: routes are averaged as outside training.
+
+    What is merged or exported must not depend on the mode that the model happens to be in.
+    """
+    before = [(state, state.training) for state in states]
+    for state, _ in before:
+        state.training = False
+    try:
+        yield
+    finally:
+        for state, training in before:
+            state.training = training

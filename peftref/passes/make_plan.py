@@ -155,9 +155,17 @@ def _servable(modules: tuple[ModulePlan, ...]) -> dict[str, tuple[str, ...]]:
 
 
 def is_low_rank(edit: EditPlan) -> bool:
-    """Whether an edit is ``W + s B A``: two links with one matrix each."""
-    links = [s.primitive for s in edit.program.steps if not s.primitive.on_tensors]
-    factors = [link for link in links if link.tensors()]
+    """Whether an edit is ``W + s B A``: a chain with one matrix each at two of its links."""
+    program = edit.program
+    first = len(program.tensors) + 1  # register of the first step's result
+    links = [(i, s) for i, s in enumerate(program.steps) if not s.primitive.on_tensors]
+    streams = {0, *(first + i for i, _ in links)}
+    before = 0
+    for index, step in links:
+        if [i for i in step.inputs if i in streams] != [before]:
+            return False
+        before = first + index
+    factors = [s.primitive for _, s in links if s.primitive.tensors()]
     plain = all(len(f.tensors()) == 1 and f.tensors()[0].name.endswith(".weight") for f in factors)
     matrices = len(factors) == 2 and plain and all(len(f.tensors()[0].shape) == 2 for f in factors)
-    return edit.stage is Stage.WEIGHT_ADD and matrices
+    return edit.stage is Stage.WEIGHT_ADD and matrices and before == program.result
