@@ -53,6 +53,8 @@ def merge_modules(
 
 def _refuse(path: str, module: nn.Module, name: str) -> None:
     state = state_of(module)
+    if not state.adapters[name].active:
+        raise MergeError(f"{path}: adapter {name!r} is disabled; enable it, then merge")
     weights = [e for _, e in state.bound(name) if e.stage.on_weight or e.stage is Stage.INPUT]
     linear = any(e.edit.write.site.kind.value == "linear" for e in weights)
     if linear and not is_plain_linear(module):

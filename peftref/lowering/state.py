@@ -115,9 +115,9 @@ class AdapterState(nn.Module):
         return self._fold
 
     def bound(self, only: str | None = None) -> Iterator[tuple[str, BoundEdit]]:
-        """Bind the edits that take part, in order of the adapters."""
+        """Bind the edits that take part, or those of one adapter even while it is disabled."""
         for name, held in self.adapters.items():
-            if not held.active or (only is not None and name != only):
+            if name != only if only is not None else not held.active:
                 continue
             for index, edit in enumerate(held.edits):
                 if index not in held.merged:

@@ -33,7 +33,7 @@ class PruneProcedureArguments(ProcedureArguments):
 
 @procedures.register("prune")
 class PruneProcedure(Procedure[PruneProcedureArguments]):
-    """Keep the ``keep`` share of entries with the highest score; exactly, ties by position.
+    """Keep the ``keep`` share of entries with the highest score; exactly, ties by a fixed draw.
 
     Scores: ``magnitude`` |w|; ``snip`` |w * dL/dw| over batches; ``random`` uniform; ``er``
     random with a density per tensor proportional to (n + m) / (n m). SparseAdapter, He et al.
@@ -133,8 +133,12 @@ def top_entries(scores: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]:
     flat = torch.cat([score.flatten() for score in scores.values()])
     count = max(1, round(keep * flat.numel()))
     chosen = torch.zeros_like(flat)
-    # A stable order: of equal scores the earlier entry stays, on every machine.
-    chosen[torch.sort(flat, descending=True, stable=True).indices[:count]] = 1
+    # Of equal scores a fixed random choice stays: by position, a tensor without scores (LoRA's
+    # zero factor) would lose whole rows.
+    order = torch.randperm(flat.numel(), generator=torch.Generator().manual_seed(0))
+    order = order.to(flat.device)
+    best = torch.sort(flat[order], descending=True, stable=True).indices[:count]
+    chosen[order[best]] = 1
     parts = chosen.split([score.numel() for score in scores.values()])
     return {n: p.view_as(s) for (n, s), p in zip(scores.items(), parts, strict=True)}
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 import peftref
-from peftref.errors import ArtifactError
+from peftref.errors import ArtifactError, MergeError
 from tests.backbone.tiny import inputs, tiny
 from tests.parity.peft_pairs import TASKS, logits, perturb
 
@@ -68,6 +68,19 @@ def test_an_artifact_carries_the_export(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(theirs, batch), expected, rtol=1e-5, atol=1e-6)
     restored = peftref.restore(backbone, folder)
     torch.testing.assert_close(logits(restored.model, batch), expected, rtol=0, atol=0)
+
+
+def test_a_disabled_adapter_is_saved_whole_and_not_merged(tmp_path: Path) -> None:
+    ours = peftref.attach(tiny("bert", "classification"), "lora(rank=2)")
+    perturb(ours)
+    with ours.disabled():
+        folder = ours.save(tmp_path / "saved")
+        with pytest.raises(MergeError, match="disabled"):
+            ours.merge()
+    batch = inputs("bert", "classification")
+    theirs = load(tiny("bert", "classification"), folder / "peft")
+    torch.testing.assert_close(
+        logits(theirs, batch), logits(ours.model, batch), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("expression", "blocked"), [

@@ -119,8 +119,7 @@ def test_masked_entries_have_neither_effect_nor_gradient() -> None:
 def test_masks_hold_while_an_optimiser_with_momentum_and_decay_moves() -> None:
     """Pruned entries may move in storage, never in the function."""
     bare, ours = sparse("magnitude")
-    before = kept(ours)
-    before = {n: m.clone() for n, m in before.items()}
+    before = {n: m.clone() for n, m in kept(ours).items()}
     optimiser = torch.optim.AdamW(ours.trainable.values(), lr=0.1, weight_decay=0.5)
     for batch in batches():
         optimiser.zero_grad()
@@ -142,6 +141,18 @@ def test_random_masks_do_not_follow_the_weights() -> None:
         assert abs(mask.mean() - 0.5) < 0.06  # five deviations of a fair share
 
 
+def test_a_factor_without_scores_is_cut_evenly() -> None:
+    """LoRA's second factor is zero at first: its magnitudes say nothing, rows must not go."""
+    _, ours = sparse("magnitude", 0.5, "local", base="lora(rank=8)")
+    zero = {n: m for n, m in kept(ours).items() if ".up." in n}
+    assert len(zero) == 4
+    for name, mask in zero.items():
+        assert not ours.tensors()[name].any()
+        assert int(mask.sum()) == mask.numel() // 2
+        assert bool((mask.sum(0) > 6).all()), name  # of 32: a fair cut leaves 16, deviation 2
+        assert int((mask.sum(1) == 0).sum()) < 4, name  # of 32 rows of 8; by position: 16
+
+
 @pytest.mark.parametrize("keep", [0.05, 0.3, 0.9])
 def test_er_densities_follow_the_shapes(keep: float) -> None:
     """``min(1, e (n + m) / (n m))`` with e from bisection; dense where that exceeds one."""
@@ -160,8 +171,7 @@ def test_er_densities_follow_the_shapes(keep: float) -> None:
 
 
 def test_er_masks_have_those_densities() -> None:
-    _, ours = sparse("er", 0.2, base="houlsby_adapter(bottleneck=8, init='normal(0.1)')"
-                                     )
+    _, ours = sparse("er", 0.2, base="houlsby_adapter(bottleneck=8, init='normal(0.1)')")
     masks = kept(ours)
     wanted = er_densities([tuple(m.shape) for m in masks.values()], 0.2)
     for mask, density in zip(masks.values(), wanted, strict=True):
