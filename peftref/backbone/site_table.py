@@ -117,6 +117,12 @@ class Site:
         return ".".join(part for part in parts if part)
 
     @property
+    def reads_stack(self) -> str:
+        """Whose tokens it reads: keys and values of cross-attention are the encoder's."""
+        crosses = self.role in ("cross_attention.key", "cross_attention.value")
+        return "encoder" if crosses else self.stack
+
+    @property
     def ports(self) -> frozenset[Port]:
         """The ports that this site has."""
         both = {Port.INPUT, Port.OUTPUT}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from peftref.backbone.site_table import Site
 from peftref.interactions.base import Coupling, CouplingArguments
 from peftref.ir.graph import AdapterGraph
 from peftref.ir.primitive import (
@@ -79,12 +78,6 @@ class SampleGate(Primitive[Arguments]):
         return gate
 
 
-def _stack(site: Site) -> str:
-    """Whose padding mask holds for what a site reads."""
-    crosses = site.role in ("cross_attention.key", "cross_attention.value")
-    return "encoder" if crosses else site.stack
-
-
 @couplings.register("gate")
 class Gate(Coupling[CouplingArguments]):
     """Every write of the members is scaled by a gate that reads what the member reads."""
@@ -102,7 +95,7 @@ class Gate(Coupling[CouplingArguments]):
             width = write.site.d_in if write.port is Port.KEYS_VALUES else node.width
             value_node = graph.node(value)
             d_out = value_node.width if isinstance(value_node, OperationNode) else node.width
-            place = Place(width, d_out, graph.table.hidden_size, stack=_stack(write.site))
+            place = Place(width, d_out, graph.table.hidden_size, stack=write.site.reads_stack)
             primitive = SampleGate(Arguments(), place)
             tensors = tuple(
                 graph.add(

@@ -31,36 +31,87 @@ class Cost:
 
     @classmethod
     def of(
-        cls, modules: tuple[ModulePlan, ...], table: SiteTable, trained: int, tokens: int
+        cls,
+        modules: tuple[ModulePlan, ...],
+        table: SiteTable,
+        trained: int,
+        tokens: int,
+        sequences: int = 1,
     ) -> Cost:
         """Count the edits of ``modules`` with ``trained`` trained parameters."""
-        forward = sum(_edit_flops(e, tokens) for m in modules for e in m.edits)
+        forward = sum(_module_flops(module, tokens) for module in modules)
+        prompts = [e for m in modules for e in m.edits if e.stage is Stage.TOKENS]
+        if prompts:
+            rows = sum(_rows(edit) for edit in prompts)
+            forward += _prompt_flops(table, prompts[0].write.site.stack, rows, tokens, sequences)
         return cls(tokens, forward, tokens * _backbone_flops(table), 4 * trained, 12 * trained)
 
 
+def _module_flops(module: ModulePlan, tokens: int) -> int:
+    weights = [edit for edit in module.edits if edit.stage.on_weight]
+    flops = sum(_edit_flops(edit, tokens) for edit in module.edits)
+    sites = {e.write.site for e in module.edits if e.stage is Stage.INPUT and e.write.site.rows}
+    # The extra product of a slice with its own input.
+    flops += sum(2 * tokens * site.d_in * site.d_out for site in sites)
+    if not any(edit.formed for edit in weights):
+        # A norm, and the product of a slice, need the weight all the same.
+        forms = bool(sites) or any(edit.stage is Stage.WEIGHT_NORM for edit in weights)
+        flops += sum(_forming(edit) for edit in weights if forms and not edit.write.needs_matrix)
+    return flops
+
+
 def _edit_flops(edit: EditPlan, tokens: int) -> int:
-    steps = [step.primitive for step in edit.program.steps]
-    if edit.stage in (Stage.KEYS_VALUES, Stage.TOKENS):
-        rows = max((t.shape[-2] for step in steps for t in step.tensors() if len(t.shape) > 1),
-                   default=1)
-        per_row = sum(step.flops() for step in steps)
-        attended = 4 * edit.write.site.d_in * rows if edit.stage is Stage.KEYS_VALUES else 0
-        return rows * per_row + tokens * attended
+    site, write = edit.write.site, edit.write
+    per_token = sum(step.primitive.flops() for step in edit.program.steps)
+    if edit.stage is Stage.TOKENS:
+        return _rows(edit) * per_token
+    if edit.stage is Stage.KEYS_VALUES:
+        width = site.attention.heads * site.attention.head_width if site.attention else 0
+        return _rows(edit) * (per_token + tokens * 4 * width)
     if edit.formed or edit.stage is Stage.WEIGHT_NORM:
-        return sum(step.matrix_flops() for step in steps) + _forming(edit)
-    return tokens * sum(step.flops() for step in steps)
+        return _forming(edit)
+    if write.needs_matrix and site.kind is SiteKind.LINEAR:
+        return _forming(edit) + 2 * tokens * site.d_in * site.d_out
+    return tokens * per_token
+
+
+def _rows(edit: EditPlan) -> int:
+    """Rows that a function of learned tokens gives."""
+    shapes = [t.shape for step in edit.program.steps for t in step.primitive.tensors()]
+    return max((shape[-2] for shape in shapes[:1] if len(shape) > 1), default=1)
 
 
 def _forming(edit: EditPlan) -> int:
-    """Products of the factors: each link applied to the columns before it."""
-    widths = [step.primitive.flops() for step in edit.program.steps]
-    return edit.write.site.d_in * widths[-1] if len(widths) > 1 else 0
+    """The matrix of a function: each link is applied to the columns of the link before it."""
+    flops = sum(step.primitive.matrix_flops() for step in edit.program.steps)
+    for step in edit.program.steps:
+        if step.inputs and step.inputs[0] > len(edit.program.tensors):
+            flops += edit.write.site.d_in * step.primitive.flops()
+    if edit.stage is Stage.WEIGHT_ROTATE:
+        flops += 2 * edit.write.site.d_out * edit.write.site.d_in**2
+    return flops
 
 
-def _backbone_flops(table: SiteTable) -> int:
+def _prompt_flops(table: SiteTable, stack: str, rows: int, tokens: int, sequences: int) -> int:
+    """Virtual tokens run through every layer that sees them, in each sequence."""
+    flops = sequences * rows * _backbone_flops(table, stack)
+    whole = tokens + sequences * rows
+    for site in table:
+        if site.attention is None:
+            continue
+        width = site.attention.heads * site.attention.head_width
+        if site.stack == stack and site.role == "attention":
+            flops += 4 * width * (whole**2 - tokens**2) // sequences
+        elif site.role == "cross_attention":
+            flops += 4 * width * tokens * rows
+    return flops
+
+
+def _backbone_flops(table: SiteTable, stack: str | None = None) -> int:
+    """Per token; with ``stack``: of a token that only this stack's inputs hold."""
     seen: dict[str, int] = {}
     for site in table:
-        if site.kind is SiteKind.LINEAR:
+        if stack in (None, site.reads_stack) and site.kind is SiteKind.LINEAR:
             rows = site.rows.groups * site.rows.size if site.rows else site.d_out
             seen[site.module] = 2 * site.d_in * rows * site.shared_by
     return sum(seen.values())

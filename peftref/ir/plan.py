@@ -103,9 +103,9 @@ class Plan:
         """Trainable parameters over those of the backbone."""
         return self.trainable_parameters / max(self.table.frozen_parameters, 1)
 
-    def cost(self, tokens: int = 1024) -> Cost:
-        """FLOPs and bytes that the adapter adds to a step of ``tokens`` tokens."""
-        return Cost.of(self.modules, self.table, self.trainable_parameters, tokens)
+    def cost(self, tokens: int = 1024, sequences: int = 1) -> Cost:
+        """FLOPs and bytes that the adapter adds to a step of ``tokens`` tokens in ``sequences``."""
+        return Cost.of(self.modules, self.table, self.trainable_parameters, tokens, sequences)
 
     def __str__(self) -> str:
         lines = [f"{self.composition.composition} on {self.table.family}: "
