@@ -90,8 +90,8 @@ def verdict(confirmed: Sequence[Confirmed]) -> str:
     pair = f"best combination {hybrid.record.label}, best single {single.record.label}"
     if len(shared) < 2:
         gap = hybrid.mean - single.mean
-        start = "A combination leads" if gap > 0 else "No combination beats the best single"
-        return f"{start} by {abs(gap):.4f}, not confirmed on fresh seeds ({pair})."
+        start = "A combination leads" if gap > 0 else "No combination beats the best single one"
+        return f"{start}: difference {gap:+.4f}, not confirmed on fresh seeds ({pair})."
     gap, half = mean_interval([hybrid.scores[s] - single.scores[s] for s in shared])
     half = half or 0.0
     numbers = f"difference {gap:+.4f}, 95 % interval {gap - half:+.4f} to {gap + half:+.4f}"

@@ -92,7 +92,8 @@ def test_a_real_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert call(*words) == 0
     assert "Held-out test, opened once" in capsys.readouterr().out
     report = json.loads((folder / "report.json").read_text())
-    rows = [row for row in report["trials"] if row["outcome"] == "trained"]
+    rows = report["trials"]
+    assert [(row["outcome"], row["error"]) for row in rows] == [("trained", "")] * 4
     assert [row["kind"] for row in rows] == ["floor", "single", "single", "hybrid"]
     # By hand: 6 layers; (IA)3 on key, value (384) and the FFN's inner stream (1536); LoRA of
     # rank 8 on query and value.
