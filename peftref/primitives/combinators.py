@@ -26,6 +26,9 @@ class Chain(Primitive[Arguments]):
     def bind(self, runtime: Runtime) -> Operation:
         return lambda x: x
 
+    def bind_matrix(self, runtime: Runtime) -> Operation:
+        return lambda before: before
+
 
 @primitives.register("sum")
 class Sum(Primitive[Arguments]):

@@ -52,7 +52,7 @@ class Composed:
     def __repr__(self) -> str:
         return f"# {self.expression}\n{to_yaml(self.spec)}"
 
-    def _repr_pretty_(self, printer: Printer, cycle: bool) -> None:  # noqa: FBT001 - Hypothesis'
+    def _repr_pretty_(self, printer: Printer, cycle: bool) -> None:
         printer.text(repr(self))
 
 

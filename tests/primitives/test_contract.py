@@ -1,0 +1,75 @@
+"""Every shipped primitive keeps the contract, in each of its variants."""
+
+from __future__ import annotations
+
+from peftref.registry import primitives
+from peftref.testing.primitive_contract import Case, PrimitiveContract
+
+KINDS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "identity")
+
+
+class TestLinear(PrimitiveContract):
+    cases = (
+        Case("linear"),
+        Case("linear", {"init": "zeros"}),
+        Case("linear", {"out": 5}),
+        Case("linear", {"out": 5, "bias": True, "init": "zeros"}),
+        Case("linear", {"bias": True, "bias_init": "ones", "init": "zeros"}),
+    )
+
+
+class TestFrozen(PrimitiveContract):
+    cases = (Case("frozen", {"out": 5, "seed": 3}), Case("frozen", {"share": "all"}))
+
+
+class TestElementwise(PrimitiveContract):
+    cases = (
+        *(Case("activation", {"kind": kind}) for kind in KINDS),
+        Case("vector"),
+        Case("vector", {"init": "zeros"}),
+        Case("vector", {"init": "constant(0.1)"}),
+        Case("bias"),
+        Case("bias", {"init": "ones"}),
+        Case("norm"),
+        Case("norm", {"kind": "rms"}),
+        Case("dropout"),
+        Case("dropout", {"p": 0.5}),
+    )
+
+
+class TestRotation(PrimitiveContract):
+    cases = (Case("rotation", {"block": 4}), Case("rotation", {"block": 12}),
+             Case("rotation", {"block": 2}))
+
+
+class TestKron(PrimitiveContract):
+    cases = (
+        Case("kron", {"rank": 1}),
+        Case("kron", {"rank": 1, "decompose_both": True, "factor": 4}),
+        Case("kron", {"rank": 64, "factor": 1}),
+        Case("kron", {"rank": 2}, d_in=7, d_out=13),
+    )
+
+
+class TestSources(PrimitiveContract):
+    cases = (
+        Case("tokens", {"length": 3}),
+        Case("tokens", {"length": 3, "width": "hidden_size"}),
+        Case("tokens", {"length": 3, "init": "zeros"}),
+        Case("delta"),
+        Case("delta", port_shape=(8,)),
+    )
+
+
+class TestWeights(PrimitiveContract):
+    cases = (Case("column_norm"),)
+
+
+class TestCombinators(PrimitiveContract):
+    cases = (Case("sum", d_in=8, streams=3), Case("product", d_in=8, streams=2), Case("chain"))
+
+
+def test_none_is_left_out():
+    suites = PrimitiveContract.__subclasses__()
+    proved = {case.name for suite in suites for case in suite.cases}
+    assert proved == set(primitives.names())
