@@ -180,7 +180,7 @@ def test_adamix_lora_averages_the_factors_apart() -> None:
 
 
 def test_the_targets_of_the_consistency_loss_are_detached() -> None:
-    """``(KL(sg p2 | p1) + KL(sg p1 | p2)) / 2`` has the gradient ``(p1 - p2) / 2`` at the logits."""
+    """``(KL(sg p2 | p1) + KL(sg p1 | p2)) / 2``: at the first logits ``(p1 - p2) / 2``."""
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(5, 4, generator=generator, dtype=torch.float64,
                                  requires_grad=True) for _ in range(2))

@@ -110,7 +110,7 @@ def test_prefix_tuning_with_the_text_at_the_positions_of_peft(family: str, mlp: 
 
 
 def test_a_prefix_is_a_gated_addition() -> None:
-    """``(1 - g) Attn(q, K, V) + g softmax(q P_K^T / sqrt(d)) P_V``, as Li and Liang's reader has it.
+    """``(1 - g) Attn(q, K, V) + g softmax(q P_K^T / sqrt(d)) P_V``, He et al. 2022.
 
     One layer of Llama by hand, with grouped keys and values and rotary positions.
     """

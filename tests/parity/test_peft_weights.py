@@ -20,7 +20,8 @@ SITES = {
            ("{attention,cross_attention,ffn}.*", r".*(\.(q|k|v|o)|wi|wo)")],
 }
 # PEFT adapts the fused projection of GPT-2 as one linear.
-FUSED = [("module:.*c_attn", ["c_attn"]), ("module:.*(c_attn|c_proj|c_fc)", ["c_attn", "c_proj", "c_fc"])]
+FUSED = [("module:.*c_attn", ["c_attn"]),
+         ("module:.*(c_attn|c_proj|c_fc)", ["c_attn", "c_proj", "c_fc"])]
 
 LOW_RANK = {
     "lora": ("rank=4, alpha=6", lambda to, **kw: peft.LoraConfig(
@@ -69,7 +70,8 @@ def _cases():
                                config(to, fan_in_fan_out=True), id=f"{technique}-gpt2-{site}")
     for arguments, own in LOKR:
         config = peft.LoKrConfig(target_modules=["query", "intermediate.dense"], **own)
-        yield pytest.param("bert", f"lokr({arguments}, site='{{attention,ffn}}.{{query?,up?}}')", config,
+        site = "{attention,ffn}.{query?,up?}"
+        yield pytest.param("bert", f"lokr({arguments}, site='{site}')", config,
                            id=f"lokr-{arguments}")
     for family, (arguments, to, feedforward) in IA3.items():
         config = peft.IA3Config(target_modules=to, feedforward_modules=feedforward,
