@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from peftref.adapted import Adapted
 from peftref.artifact import replaced_folder
+from peftref.backbone import hf
 from peftref.errors import ArtifactError
 from peftref.training.restore import Opened
 
@@ -72,7 +73,7 @@ def write_merged(opened: Opened, output: Path) -> str:
     if isinstance(opened.adapted, Adapted):
         opened.adapted.merge()
     model, pooling = opened.model, opened.head.pooling
-    with replaced_folder(output) as folder:
+    with hf.quiet(), replaced_folder(output) as folder:
         opened.tokenizer.save_pretrained(folder)
         if pooling not in ("mean", "cls") or hasattr(model.config, "classifier_pooling"):
             model.save_pretrained(folder)

@@ -44,7 +44,7 @@ def save_artifact(
 def _metadata(session: TrainingSession, order: Order, done: Progress) -> dict[str, Any]:
     data, head = session.data, session.backbone.head
     return {
-        "backbone": session.settings.backbone,
+        "backbone": _place(session.settings.backbone),
         "task": head.task,
         "label_names": list(head.label_names),
         "pooling": head.pooling,
@@ -61,6 +61,12 @@ def _metadata(session: TrainingSession, order: Order, done: Progress) -> dict[st
         "steps": done.step,
         "run": session.settings.model_dump(mode="json", exclude_none=True),
     }
+
+
+def _place(name: str) -> str:
+    """Return a folder's full path, so that the artifact can be opened from anywhere."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name
 
 
 def _save_head(head: HeadOnly, seed: int, metadata: Mapping[str, Any], output: Path) -> None:

@@ -110,6 +110,7 @@ class TrainingSession:
         heads = hf.head_modules(self.model)
         names = [name for name, _ in self.model.named_parameters() if name.split(".")[0] in heads]
         self._head = HeadState(self.model, names, self.backbone.fresh)
+        self._head.reset(self.model, settings.seed)
         self.max_length = _length_limit(settings.max_length, self.model.config)
         self.collate = Collator(
             self.tokenizer.pad_token_id, regression=self.task == "regression"
@@ -296,7 +297,8 @@ class TrainingSession:
         )
         made.remove_callback(PrinterCallback)
         try:
-            made.train(resume_from_checkpoint=start and str(start))
+            with hf.quiet():
+                made.train(resume_from_checkpoint=start and str(start))
         finally:
             # Mixed precision replaces `forward` on the instance.
             made.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)

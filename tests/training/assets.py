@@ -23,7 +23,7 @@ __all__ = ["bert_folder", "llama_folder", "run_settings", "write_rows"]
 
 WORDS = [f"w{number}" for number in range(60)]
 USUAL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "intermediate_size": 48, "max_position_embeddings": 64}
+         "intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.2}
 
 
 def _tokenizer(*, decoder: bool) -> PreTrainedTokenizerFast:
@@ -80,9 +80,11 @@ def write_rows(
     return path
 
 
-def run_settings(backbone: Path, data: Path | str, **changes: object) -> RunSettings:
+def run_settings(
+    backbone: Path, data: Path | str | dict[str, str], **changes: object
+) -> RunSettings:
     """Return settings for a run of a few steps on the processor."""
     return RunSettings.model_validate({
-        "backbone": str(backbone), "data": str(data), "steps": 6, "batch_size": 8,
-        "max_length": 24, "device": "cpu", "evaluation": {"at": [0.5, 1.0]}, **changes,
+        "backbone": str(backbone), "data": data if isinstance(data, dict) else str(data),
+        "steps": 6, "batch_size": 8, "max_length": 24, "device": "cpu", "evaluation": {"at": [0.5, 1.0]}, **changes,
     })

@@ -111,9 +111,8 @@ def test_pairs_quantities_and_prompts_are_told_apart(tmp_path: Path) -> None:
     ]
     data = load(json_lines(tmp_path / "pairs.jsonl", pairs))
     assert (data.columns.task, data.columns.pair) == ("regression", "hypothesis")
-    assert sorted(row.label for split in data.splits.values() for row in split) == [  # pyright: ignore
-        n / 7 for n in range(40)
-    ]
+    found = [float(row.label or 0) for split in data.splits.values() for row in split]
+    assert sorted(found) == [n / 7 for n in range(40)]
     prompts: list[dict[str, object]] = [{"mr": f"m{n}", "ref": f"r{n}"} for n in range(40)]
     path = json_lines(tmp_path / "prompts.jsonl", prompts)
     data = load(path, text="mr", target="ref")
@@ -130,7 +129,8 @@ def test_pairs_quantities_and_prompts_are_told_apart(tmp_path: Path) -> None:
     ([{"text": "a", "label": "x"}], {"label": "lable"}, "Did you mean 'label'"),
     ([{"foo": "a", "bar": "b", "label": "x"}], {}, "cannot tell which column is the text"),
     ([{"text": "a", "label": n} for n in range(60)], {}, "say whether they are classes"),
-    ([{"text": f"t{n}", "y": "a"} for n in range(9)], {"target": "y", "label": "y"}, "is for task causal_lm"),
+    ([{"text": f"t{n}", "y": "a"} for n in range(9)], {"target": "y", "label": "y"},
+     "is for task causal_lm"),
     ([], {}, "no rows"),
     ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], {}, "too few"),
 ])

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.training.assets import bert_folder, llama_folder
 
 from peftref.training.backbone import load_tokenizer
 from peftref.training.columns import Columns
 from peftref.training.data import Example
 from peftref.training.encode import Collator, encode, training_order
+from tests.training.assets import bert_folder, llama_folder
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=70), st.integers(1, 9),
@@ -41,7 +41,9 @@ def test_batches_group_lengths() -> None:
     order = training_order(lengths, 32, 100, 0)
     padded = sum(32 * max(lengths[row] for row in order[at:at + 32]) for at in range(0, 3200, 32))
     shuffled = torch.randperm(3200, generator=draw).tolist()
-    random = sum(32 * max(lengths[row] for row in shuffled[at:at + 32]) for at in range(0, 3200, 32))
+    random = sum(
+        32 * max(lengths[row] for row in shuffled[at:at + 32]) for at in range(0, 3200, 32)
+    )
     assert padded < 1.05 * sum(lengths) < 0.6 * random
 
 

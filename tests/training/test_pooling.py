@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training.assets import bert_folder
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from peftref.backbone.hf import site_table
 from peftref.errors import BackboneError
 from peftref.training.backbone import TaskHead, load_backbone
 from peftref.training.pooling import masked_mean, set_pooling
+from tests.training.assets import bert_folder
 
 FAMILIES = ["bert", "roberta", "distilbert", "electra", "deberta-v2", "albert", "mpnet"]
 SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tests.training.assets import bert_folder
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -17,6 +16,7 @@ from peftref.errors import TrainingError
 from peftref.training.backbone import TaskHead, load_backbone
 from peftref.training.encode import Collator
 from peftref.training.trainer import last_checkpoint
+from tests.training.assets import bert_folder
 
 ROWS = [
     {"input_ids": [2, *range(5 + n % 7, 12 + n % 3), 3], "labels": n % 3,
@@ -106,9 +106,10 @@ class Penalty:
         assert set(inputs) == {"input_ids", "attention_mask", "labels"}
         self.state["seen"] += 1
         self.state["tensor"] += 1
-        return self.weight * sum(
+        squares = [
             (p**2).sum() for n, p in model.named_parameters() if p.requires_grad and "lora" in n
-        )
+        ]
+        return self.weight * torch.stack(squares).sum()
 
     def before_step(self, adapter: Any, step: int, total: int) -> None:
         self.moments.append(f"before {step}/{total}")
@@ -167,6 +168,7 @@ def test_a_checkpoint_holds_adapter_and_head_and_the_stock_resume_takes_it(
     stopped, _ = with_penalty(folder, 0.1)
     train(stopped, tmp_path / "b", max_steps=4, save_strategy="steps", save_steps=2)
     found = last_checkpoint(tmp_path / "b")
+    assert found is not None
     assert found == tmp_path / "b" / "checkpoint-4"
     with safe_open(found / "model.safetensors", framework="pt") as opened:
         names = set(opened.keys())
@@ -193,16 +195,14 @@ def test_a_checkpoint_of_something_else_is_refused(folder: Path, tmp_path: Path)
         args=arguments(tmp_path), train_dataset=ROWS, data_collator=Collator(0),
         adapted=adapted(folder, "ia3"),
     )
-    with pytest.raises(TrainingError, match="no checkpoint of this composition.*missing"):
+    with pytest.raises(TrainingError, match=r"no checkpoint of this composition.*missing"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     (tmp_path / "checkpoint-3" / "model.safetensors").write_bytes(b"\x08")
     with pytest.raises(TrainingError, match="not a readable checkpoint"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    empty = peftref.trainer(Trainer)(args=arguments(tmp_path / "none"), adapted=adapted(folder))
     with pytest.raises(TrainingError, match="no complete checkpoint"):
-        train_in_empty = peftref.trainer(Trainer)(
-            args=arguments(tmp_path / "none"), adapted=adapted(folder)
-        )
-        train_in_empty.train(resume_from_checkpoint=True)
+        empty.train(resume_from_checkpoint=True)
 
 
 def test_a_loss_that_is_no_number_stops_before_the_parameters(
@@ -224,7 +224,7 @@ def test_a_loss_that_is_no_number_stops_before_the_parameters(
 def test_nothing_trains_unseen(folder: Path, tmp_path: Path) -> None:
     made = adapted(folder)
     made.model.bert.embeddings.word_embeddings.weight.requires_grad_(True)
-    with pytest.raises(TrainingError, match="1 trainable parameters belong neither.*word_embed"):
+    with pytest.raises(TrainingError, match=r"1 trainable parameters belong neither.*word_embed"):
         train(made, tmp_path)
     with pytest.raises(TrainingError, match="not the model that was adapted"):
         peftref.trainer(Trainer)(
