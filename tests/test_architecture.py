@@ -45,9 +45,14 @@ def test_a_technique_is_a_page() -> None:
 
 
 def _length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Return the lines of the body: the options of a command are not its length."""
+    """Return the lines of the body without functions inside it, which are counted themselves.
+
+    The options of a command are its arguments, not its length.
+    """
     body = function.body[1:] if ast.get_docstring(function) else function.body
-    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+    inner = [n for n in body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    whole = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+    return whole - sum((n.end_lineno or 0) - n.lineno + 1 for n in inner)
 
 
 def test_functions_are_short() -> None:
