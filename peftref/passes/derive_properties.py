@@ -13,6 +13,7 @@ from peftref.spec.typology import InsertionForm, IntegrationKind, Port
 
 __all__ = ["DeriveProperties"]
 
+_STREAMS = (Stage.INPUT, Stage.PARALLEL, Stage.OUTPUT)
 _ADDS = (IntegrationKind.ADD, IntegrationKind.SCALED_ADD, IntegrationKind.GATED_ADD)
 
 
@@ -27,6 +28,9 @@ class DeriveProperties:
         for address, write in graph.writes():
             algebra = self._algebra(graph, address)
             stage = _stage(write, algebra)
+            if stage in _STREAMS and not algebra.stream:
+                raise _refuse(write, "a product of matrices has no activation form: it is added to "
+                              "the weight of a linear site, and takes no gate")
             on_weight += stage.on_weight
             graph.set(address, replace(write, algebra=algebra, stage=stage))
         return f"{on_weight} edits fold into a weight"

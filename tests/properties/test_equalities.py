@@ -21,7 +21,8 @@ from tests.properties.backbones import (
     snapshot,
 )
 
-EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}  # float64: what a formed weight rounds differently
+# float64: what a formed weight rounds differently.
+EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 MERGED = 1e-10  # float64, relative to the largest output
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -19,7 +18,8 @@ from peftref.passes.fuse import Fuse
 from tests.lowering.randomised import randomise
 from tests.properties.backbones import Case, batch, cases, examples, model, table
 
-CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}  # float64
+# Relative to the largest entry, in float64. Llama and T5 compute norms in float32 all the same.
+CLOSE = {"bert": 1e-9, "gpt2": 1e-9, "llama": 1e-5, "t5": 1e-5}
 
 
 def plan_as(case: Case, *, factored: bool, fused: bool) -> Plan:
@@ -68,7 +68,8 @@ def test_factored_formed_and_unfused_are_equal(case: Case):
         found = run(case, plan)
         assert found.keys() == plain.keys()
         for name, value in found.items():
-            torch.testing.assert_close(value, plain[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+            allowed = CLOSE[case.family] * plain[name].abs().max()
+            assert (value - plain[name]).abs().max() <= allowed, name
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
