@@ -58,6 +58,11 @@ def training_arguments(
         SpecError: ``arguments`` has an unknown field, one that the run file owns, or a bad value.
     """
     check_names(settings.arguments)
+    if settings.device is not None and settings.device.partition(":")[2] not in ("", "0"):
+        raise SpecError(
+            f"device {settings.device!r}: a training takes the first visible device; choose which "
+            "that is with CUDA_VISIBLE_DEVICES"
+        )
     values: dict[str, Any] = {
         **DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **settings.arguments
     }
@@ -78,9 +83,13 @@ def training_arguments(
         "use_cpu": settings.device == "cpu",
     }
     try:
-        return TrainingArguments(**values)
+        arguments = TrainingArguments(**values)
     except (TypeError, ValueError, ImportError) as error:
         raise SpecError(f"arguments: {error}") from error
+    if arguments.n_gpu > 1:
+        # One process trains on one device; transformers would spread batches over all of them.
+        arguments._n_gpu = 1  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    return arguments
 
 
 def check_names(arguments: Mapping[str, object]) -> None:

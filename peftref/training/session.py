@@ -124,6 +124,8 @@ class TrainingSession:
             f"{encoded.truncated} of {len(encoded.rows)} {name} rows are cut to {self.max_length} "
             "tokens" for name, encoded in self._encoded.items() if encoded.truncated
         ]
+        if self.max_length < self.settings.max_length:
+            cut.append(f"the backbone has positions for {self.max_length} tokens only")
         return (*self.data.notes, *self.backbone.notes, *cut)
 
     def encoded(self, split: str) -> Encoded:

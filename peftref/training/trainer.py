@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from peftref.errors import TrainingError
+from peftref.lowering.attach import root_state
 from peftref.procedures.base import Procedure
 
 __all__ = ["Trained", "last_checkpoint", "trainer"]
@@ -122,28 +124,31 @@ class AdaptedTraining(Trainer):
     """The overrides that `trainer` puts before a Trainer class."""
 
     def __init__(
-        self, *args: Any, adapted: Trained, cited_rates: float | None = None,
+        self, *args: Any, adapted: Trained | None = None, cited_rates: float | None = None,
         head_rate: float | None = None, **kwargs: Any
     ) -> None:
         """Take the base's arguments, and two more.
 
         Args:
             *args: for the base.
-            adapted: what is trained; its model is the default of ``model``.
+            adapted: what is trained; its model is the default of ``model``. None: what is
+                attached to ``model``.
             cited_rates: use each technique's own learning rate, times this factor; None: use
                 the learning rate of ``args``.
             head_rate: learning rate of the task head; None: as the composition's.
             **kwargs: for the base.
         """
-        self.adapted = adapted
+        given = kwargs.get("model", args[0] if args else None)
+        self.adapted = adapted = adapted if adapted is not None else _attached_to(given)
         self.cited_rates = cited_rates
         self.head_rate = head_rate
         if not args:
             kwargs.setdefault("model", adapted.model)
         adapted.handled = True
-        super().__init__(*args, **kwargs)
-        if kwargs.get("model", args[0] if args else None) is not adapted.model:
+        if given not in (None, adapted.model):
             raise TrainingError("the Trainer's model is not the model that was adapted")
+        with _adapters_on_quantised(adapted.model):
+            super().__init__(*args, **kwargs)
         if type(adapted.model).__name__.endswith("ForSequenceClassification"):
             # Classification heads take any keyword but average over the micro-batch, so the
             # sum over micro-batches has to be divided by their number.
@@ -290,6 +295,29 @@ class AdaptedTraining(Trainer):
         """Load the best checkpoint the way that it was written."""
         if self.state.best_model_checkpoint is not None:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _attached_to(model: Any) -> Trained:
+    root = root_state(model) if isinstance(model, nn.Module) else None
+    names = list(root.handles) if root is not None else []
+    if root is None or len(names) != 1:
+        found = f"adapters {', '.join(names)}" if names else "no adapter"
+        raise TrainingError(f"the Trainer's model has {found} attached; pass adapted= the one")
+    return root.handles[names[0]]
+
+
+@contextmanager
+def _adapters_on_quantised(model: Any) -> Generator[None]:
+    """Tell transformers meanwhile that a quantised model has adapters, as it asks of PEFT's."""
+    trainable = getattr(getattr(model, "hf_quantizer", None), "is_trainable", False)
+    if not getattr(model, "is_quantized", False) or not trainable:
+        yield
+        return
+    model._hf_peft_config_loaded = True  # noqa: SLF001
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded  # noqa: SLF001
 
 
 def _with_head_rate(

@@ -86,5 +86,6 @@ def run_settings(
     """Return settings for a run of a few steps on the processor."""
     return RunSettings.model_validate({
         "backbone": str(backbone), "data": data if isinstance(data, dict) else str(data),
-        "steps": 6, "batch_size": 8, "max_length": 24, "device": "cpu", "evaluation": {"at": [0.5, 1.0]}, **changes,
+        "steps": 6, "batch_size": 8, "max_length": 24,
+        "device": "cpu", "evaluation": {"at": [0.5, 1.0]}, **changes,
     })

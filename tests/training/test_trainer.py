@@ -226,6 +226,11 @@ def test_nothing_trains_unseen(folder: Path, tmp_path: Path) -> None:
     made.model.bert.embeddings.word_embeddings.weight.requires_grad_(True)
     with pytest.raises(TrainingError, match=r"1 trainable parameters belong neither.*word_embed"):
         train(made, tmp_path)
+    plain = load_backbone(
+        str(folder), TaskHead("classification", ("a", "b")), dtype="float32", device="cpu"
+    ).model
+    with pytest.raises(TrainingError, match="has no adapter attached"):
+        peftref.trainer(Trainer)(model=plain, args=arguments(tmp_path))
     with pytest.raises(TrainingError, match="not the model that was adapted"):
         peftref.trainer(Trainer)(
             model=adapted(folder).model, args=arguments(tmp_path), adapted=adapted(folder)
@@ -236,10 +241,27 @@ def test_rates_are_the_composition_s_own_when_asked(folder: Path, tmp_path: Path
     made = adapted(folder)
     cited = {group["lr"] for group in made.parameter_groups()}
     trainer = peftref.trainer(Trainer)(
-        args=arguments(tmp_path), adapted=made, cited_rates=0.5, head_rate=0.03
+        model=made.model, args=arguments(tmp_path), cited_rates=0.5, head_rate=0.03
     )
     groups = trainer.create_optimizer().param_groups
     head = {id(each) for each in made.head.values()}
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert {rate for key, rate in rates.items() if key in head} == {0.03}
     assert {rate for key, rate in rates.items() if key not in head} == {0.5 * r for r in cited}
+
+
+def test_a_quantised_backbone_is_trained_with_adapters_only(folder: Path, tmp_path: Path) -> None:
+    made = adapted(folder)
+
+    class Quantiser:
+        is_trainable = True
+        is_qat_trainable = False
+
+    # What transformers asks of a model that was loaded in 4 bits.
+    made.model.is_quantized, made.model.hf_quantizer = True, Quantiser()
+    with pytest.raises(ValueError, match="purely quantized"):
+        Trainer(model=made.model, args=arguments(tmp_path))
+    peftref.trainer(Trainer)(model=made.model, args=arguments(tmp_path))
+    assert not hasattr(made.model, "_hf_peft_config_loaded") or not (
+        made.model._hf_peft_config_loaded
+    )
