@@ -56,7 +56,8 @@ def test_linear_edits_of_the_streams_are_merged_as_they_run(tmp_path: Path):
     x = torch.randn(2, 5, 32, dtype=torch.float64)
     weight, bias = module.weight.mT.clone(), module.bias.clone()
     adapted = randomise(peftref.attach(model, str(path)))
-    t = {n.rpartition("c_fc.linear_edits.")[2]: v for n, v in adapted.trainable.items() if "h.1" in n}
+    trained = adapted.trainable.items()
+    t = {n.rpartition("c_fc.linear_edits.")[2]: v for n, v in trained if "h.1" in n}
     x1 = x + x @ t["first.a.weight"].mT @ t["first.b.weight"].mT
     x2 = x1 + x1 @ t["second.a.weight"].mT @ t["second.b.weight"].mT
     y = linear(x2, weight, bias)
@@ -94,7 +95,7 @@ def test_disabled_is_the_backbone_also_while_merged():
 def test_a_failed_set_up_leaves_the_model_as_it_was(expression: str):
     model = tiny("gpt2")
     keys, kind = list(model.state_dict()), type(model)
-    with pytest.raises(peftref.PeftRefError, match="score .* is zero"):
+    with pytest.raises(peftref.PeftRefError, match=r"score .* is zero"):
         peftref.attach(model, expression)
     assert list(model.state_dict()) == keys
     assert type(model) is kind

@@ -23,7 +23,8 @@ EXPRESSIONS = {
              "ia3(feedforward='attention.value')", "scaled_parallel_adapter(bottleneck=8)",
              "prefix_tuning(length=6)", "prompt_tuning(length=6)", "oft(block=4)"],
     "llama": ["lora(rank=4, site='ffn.*')", "vera(rank=64)", "oft(block=8)", "dora(rank=4)",
-              "prompt_tuning(length=6)", "mix(lora(rank=4), copies=2)", "lora + dora(rank=48) + loha"],
+              "prompt_tuning(length=6)", "mix(lora(rank=4), copies=2)",
+              "lora + dora(rank=48) + loha"],
     "t5": ["lora(rank=4, site='cross_attention.{query,value}')", "prefix_tuning(length=6)",
            "prompt_tuning(length=6)", "houlsby_adapter(bottleneck=8)"],
 }
