@@ -16,6 +16,7 @@ from peftref.exporting import export_peft, save
 from peftref.ir.plan import Plan
 from peftref.lowering.attach import Attachment, detach_plan, refresh, root_state
 from peftref.lowering.merge import merge_modules, unmerge_modules
+from peftref.lowering.prefix import interface_name
 from peftref.lowering.root import RootState
 from peftref.lowering.state import CHILD
 from peftref.lowering.swap import state_of
@@ -225,11 +226,17 @@ class Adapted:
                 )
 
     def verify(self) -> None:
-        """Check that every adapted module is still in the model.
+        """Check that every adapted module is still in the model, and prefixes in attention.
 
         Raises:
-            BackboneError: a module was replaced after attach, and its adapter with it.
+            BackboneError: something was replaced after attach, and the adapter with it.
         """
+        for config, before in self.root().implementations:
+            if config._attn_implementation != interface_name(before):  # noqa: SLF001
+                raise BackboneError(
+                    "the attention implementation was changed after attach, so prefixes have no "
+                    "effect; detach, change it, then attach again"
+                )
         for path, module in self.attached().modules.items():
             try:
                 found = self.model.get_submodule(path)
