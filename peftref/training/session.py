@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.trainer_callback import PrinterCallback
 
@@ -298,12 +299,8 @@ class TrainingSession:
             scoring=lambda: self.evaluate(adapted, "validation"),
         )
         made.remove_callback(PrinterCallback)
-        try:
-            with hf.quiet():
-                made.train(resume_from_checkpoint=start and str(start))
-        finally:
-            # Mixed precision replaces `forward` on the instance.
-            made.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        with hf.quiet(), _own_forward(self.model):
+            made.train(resume_from_checkpoint=start and str(start))
         if run.last is not None and (run.stopped or not adapted.procedures):
             return run.last
         # Procedures may change the adapter at the end, and a run that is resumed at its last
@@ -329,6 +326,23 @@ def checkpoint_folder(output: Path | None) -> Generator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="peftref-") as made:
         yield Path(made)
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Generator[None]:
+    """Take back what accelerate does to the instance.
+
+    With mixed precision it sets ``forward`` on the model, which would hide the class that a next
+    attachment swaps in; and it leaves a model alone that it marked as prepared.
+    """
+    names = ("forward", "_original_forward", "_is_accelerate_prepared")
+    before = {name: model.__dict__[name] for name in names if name in model.__dict__}
+    try:
+        yield
+    finally:
+        for name in names:
+            model.__dict__.pop(name, None)
+        model.__dict__.update(before)
 
 
 def _count(adapted: Trained) -> int:

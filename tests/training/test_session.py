@@ -79,6 +79,17 @@ def test_how_often_a_run_is_scored_does_not_change_it(
     assert often.fit("lora").metrics == session.fit("lora").metrics
 
 
+def test_mixed_precision_leaves_nothing_on_the_model(root: Path) -> None:
+    settings = run_settings(
+        root / "bert", root / "rows.jsonl", arguments={"bf16": True}, learning_rate=0.1
+    )
+    used, fresh = TrainingSession(settings), TrainingSession(settings)
+    used.fit("lora")
+    # A forward that stayed on the instance would hide the prompt from the second run.
+    assert used.fit("prompt_tuning").metrics == fresh.fit("prompt_tuning").metrics
+    assert "forward" not in vars(used.model)
+
+
 def test_training_learns(session: TrainingSession) -> None:
     losses: list[float] = []
     session.fit("houlsby_adapter", steps=60, rate=10.0,
