@@ -86,6 +86,7 @@ def _attach(model: nn.Module, root: RootState, attachment: Attachment, seed: int
         )
         state_of(module).adapters[name] = AdapterEdits(module_plan.edits, sources)
         state_of(module).changed()
+        state_of(module).fold(module)  # refuses what does not go with other adapters
     _switch_attention(model, root, attachment)
     _hide_from_save(model)
     _carry_masks(model, root, attachment)

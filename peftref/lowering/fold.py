@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from peftref.backbone.site_table import RowSlice, SiteKind
+from peftref.errors import BackboneError
 from peftref.ir.types import Stage
 from peftref.lowering.program import BoundEdit, gather_rows, scatter_rows
 from peftref.lowering.weight import dense_weight, is_plain_linear
+from peftref.passes.check_rules import overlap
 from peftref.spec.typology import Port
 
 __all__ = ["Carried", "Fold"]
@@ -66,9 +69,16 @@ class Fold:
         self.tokens = [e for e in own if e.stage is Stage.TOKENS]
         self.spans = [e for e in edits if _is_span(e)]
         self.formed = any(e.edit.formed for e in self.weights)
-        if self.formed and _is_narrow(module):
+        draws = any(e.draws for e in self.weights)
+        if self.formed and (draws or _is_narrow(module)):
             # W + dW in 16 bits would round a small dW away; as maps of the stream it is kept.
             self.formed = any(e.edit.write.must_form for e in self.weights)
+        if self.formed and draws:
+            raise BackboneError(
+                f"{self.weights[0].edit.write.site.label}: one adapter has dropout, another needs "
+                "the weight to be formed, where dropout would be lost; set dropout to 0"
+            )
+        _refuse_two_norms([e for e in self.weights if e.stage is Stage.WEIGHT_NORM])
 
     def run(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401, E501
         """Run the module's forward ``base`` with the edits."""
@@ -242,6 +252,16 @@ class Fold:
         for edit in edits:
             tensor = tensor + edit.matrix(None, tensor.dtype)
         return tensor
+
+
+def _refuse_two_norms(norms: list[BoundEdit]) -> None:
+    """Of two adapters; within one plan the passes refuse it."""
+    for first, second in itertools.combinations(norms, 2):
+        if overlap(first.rows, second.rows):
+            raise BackboneError(
+                f"{first.edit.write.label}: two adapters normalise this weight, so that the "
+                "magnitude of the first would have no effect; detach or disable one of them"
+            )
 
 
 def _is_narrow(module: nn.Module) -> bool:

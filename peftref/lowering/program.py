@@ -63,6 +63,7 @@ class BoundEdit:
         self.stage = edit.stage
         self.kind = edit.write.kind
         self.rows = edit.write.site.rows
+        self.draws = edit.write.algebra is not None and edit.write.algebra.random
         self.scale = (edit.write.scale if edit.write.scale is not None else 1.0) * scale
         self._fetch = fetch
         self._result = edit.program.result

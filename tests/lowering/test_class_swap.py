@@ -204,3 +204,28 @@ def test_merging_beside_another_adapter_is_refused():
     assert torch.equal(logits(model, given), before)
     two.detach()
     one.merge()
+
+
+def test_two_adapters_that_normalise_one_weight_are_refused():
+    """The magnitude of the first would have no gradient."""
+    model, given = make("bert")
+    peftref.attach(model, "dora(rank=2)", name="a")
+    before = logits(model, given)
+    with pytest.raises(BackboneError, match="two adapters normalise"):
+        peftref.attach(model, "dora(rank=3)", name="b")
+    assert torch.equal(logits(model, given), before)
+    peftref.attach(model, "dora(rank=3, site='attention.key')", name="b")
+
+
+def test_dropout_of_one_adapter_is_kept_or_refused_beside_another():
+    model, given = make("bert")
+    adapted = randomise(peftref.attach(model, "lora(rank=2, dropout=0.5)", name="a"))
+    peftref.attach(model, "loha(rank=8)", name="b")
+    model.train()
+    assert not torch.equal(logits(model, given), logits(model, given))
+    adapted.detach()
+    assert torch.equal(logits(model, given), logits(model, given))
+    fused, _ = make("gpt2")
+    peftref.attach(fused, "lora(rank=2, dropout=0.5)", name="a")
+    with pytest.raises(BackboneError, match="set dropout to 0"):
+        peftref.attach(fused, "oft(block=8)", name="b")
