@@ -51,7 +51,6 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a composition on a data set and save it as an artifact."""
-    from peftref.training.publish import check_free, check_no_checkpoints
     from peftref.training.settings import load_settings
 
     flags: dict[str, object] = {
@@ -59,6 +58,14 @@ def command(
         "steps": steps, "seed": seed,
     }
     settings = load_settings(run, flags, assignments or [])
+    result = _fit(settings, _place(settings, resume=resume, overwrite=overwrite), resume=resume)
+    (_print_json if json else _print)(result)
+
+
+def _place(settings: RunSettings, *, resume: bool, overwrite: bool) -> Path:
+    """Return where the artifact goes, refusing what would be lost or is missing."""
+    from peftref.training.publish import check_free, check_no_checkpoints
+
     if settings.output is None:
         raise SpecError("where shall the artifact go? Give --output FOLDER, or 'output' in the run")
     if settings.composition is None:
@@ -69,14 +76,18 @@ def command(
     check_free(place, overwrite=overwrite)
     if not resume:
         check_no_checkpoints(place, overwrite=overwrite)
-    result = _fit(settings, place, resume=resume)
-    if json:
-        print_json({
-            "artifact": str(result.artifact), "metrics": dict(result.metrics),
-            "trainable_parameters": result.trainable_parameters, "steps": result.steps,
-            "seconds": round(result.seconds, 2),
-        })
-        return
+    return place
+
+
+def _print_json(result: FitResult) -> None:
+    print_json({
+        "artifact": str(result.artifact), "metrics": dict(result.metrics),
+        "trainable_parameters": result.trainable_parameters, "steps": result.steps,
+        "seconds": round(result.seconds, 2),
+    })
+
+
+def _print(result: FitResult) -> None:
     scores = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     print_text(f"Validation after {result.steps} steps: {scores}")
     print_text(

@@ -66,21 +66,8 @@ def training_arguments(
     values: dict[str, Any] = {
         **DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **settings.arguments
     }
-    values |= {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": settings.batch_size,
-        "per_device_eval_batch_size": settings.evaluation.batch_size,
-        "max_steps": steps,
-        "seed": seed,
-        "learning_rate": rate,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "save_total_limit": 2,
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        # The rows come in the order of training; one epoch is the whole run.
-        "train_sampling_strategy": "sequential",
-        "use_cpu": settings.device == "cpu",
+    values |= _given(settings) | {
+        "output_dir": str(folder), "max_steps": steps, "seed": seed, "learning_rate": rate,
     }
     try:
         arguments = TrainingArguments(**values)
@@ -90,6 +77,21 @@ def training_arguments(
         # One process trains on one device; transformers would spread batches over all of them.
         arguments._n_gpu = 1  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
     return arguments
+
+
+def _given(settings: RunSettings) -> dict[str, Any]:
+    return {
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": settings.evaluation.batch_size,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "save_total_limit": 2,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        # The rows come in the order of training; one epoch is the whole run.
+        "train_sampling_strategy": "sequential",
+        "use_cpu": settings.device == "cpu",
+    }
 
 
 def check_names(arguments: Mapping[str, object]) -> None:

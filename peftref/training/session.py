@@ -195,12 +195,9 @@ class TrainingSession:
             SpecError, CompositionError, BackboneError: the composition does not compile here.
             TrainingError: the loss is not a number, or the checkpoints are of another run.
         """
-        begun = time.monotonic()
+        spec = None if composition in (None, "none") else load(composition)
         order = Order(
-            None if composition in (None, "none") else load(composition),
-            self.settings.learning_rate,
-            rate,
-            self.settings.seed if seed is None else seed,
+            spec, self.settings.learning_rate, rate, self.settings.seed if seed is None else seed,
             steps or self.settings.total_steps(len(self.data.split("train"))),
         )
         if output is not None:
@@ -209,6 +206,10 @@ class TrainingSession:
             self.settings.evaluation.steps(order.steps), keep=output is not None,
             on_evaluate=on_evaluate, on_step=self.on_step,
         )
+        return self._fit(order, run, output, resume=resume)
+
+    def _fit(self, order: Order, run: Run, output: Path | None, *, resume: bool) -> FitResult:
+        begun = time.monotonic()
         with self._attached(order) as adapted, checkpoint_folder(output) as folder:
             start = self._start(order, folder, resume=resume)
             done = self._train(adapted, order, run, folder, start)
