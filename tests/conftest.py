@@ -13,4 +13,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Machines that run the tests differ in speed by more than any deadline allows for.
 hypothesis.settings.register_profile("peftref", deadline=None, derandomize=True, print_blob=True)
-hypothesis.settings.load_profile("peftref")
+# Ten times the examples, and others every night.
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=1000, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "peftref"))
