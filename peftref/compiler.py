@@ -124,6 +124,10 @@ def restore(
         ArtifactError: the folder is damaged, or made for another backbone.
     """
     artifact = read(path)
+    if artifact.composition is None:
+        raise ArtifactError(
+            f"{path}: holds a task head without an adapter; load it with peftref.from_pretrained"
+        )
     known = artifact.info.get("backbone", {}).get("hash")
     if check_backbone and known is not None and known != (found := weight_hash(model)):
         raise ArtifactError(

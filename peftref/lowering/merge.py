@@ -150,8 +150,12 @@ def _folded(
     changed = bool(fold.biases or fold.outputs)
     return (
         store_weight(module, weight) if touches else None,
-        bias.to(module._parameters["bias"].dtype) if bias is not None and changed else None,
+        _like(bias, module._parameters["bias"]) if bias is not None and changed else None,
     )
+
+
+def _like(value: Tensor, stored: Tensor | None) -> Tensor:
+    return value if stored is None else value.to(stored.dtype)
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:
@@ -185,7 +189,7 @@ def unmerge_modules(model: nn.Module, attachment: Attachment) -> None:
             if name in module._parameters:
                 module._parameters[name] = parameter
         if kept.tie_word_embeddings:
-            model.config.tie_word_embeddings = True  # pyright: ignore[reportAttributeAccessIssue]
+            setattr(model.config, "tie_word_embeddings", True)  # noqa: B010 - typed as a tensor
         state.adapters[attachment.name].merged = frozenset()
         state.changed()
     refresh(model)

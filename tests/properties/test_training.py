@@ -29,7 +29,7 @@ def steps(adapted: Adapted, *, weight_decay: float = 0.1) -> set[str]:
 
 
 def _family(adapted: Adapted) -> str:
-    return adapted.model.config.model_type
+    return adapted.plan.table.family
 
 
 @examples(30)
