@@ -19,7 +19,14 @@ from peftref.lowering.original import original_class
 from peftref.lowering.prefix import interface_name, register_interface
 from peftref.lowering.root import RootState, SwappedRoot, root_class
 from peftref.lowering.state import CHILD, AdapterEdits, CallContext
-from peftref.lowering.swap import is_swapped, state_of, swap, unswap
+from peftref.lowering.swap import (
+    is_swapped,
+    refuse_foreign,
+    set_class,
+    state_of,
+    swap,
+    unswap,
+)
 from peftref.lowering.weight import dense_weight
 
 __all__ = ["Attachment", "attach_plan", "detach_plan", "refresh", "root_state", "swapped_modules"]
@@ -101,12 +108,11 @@ def _source(attachment: Attachment, tensor: str) -> tuple[bool, str]:
 
 
 def _swap_root(model: nn.Module) -> RootState:
-    if CHILD in model._modules:
-        raise BackboneError("the model's own class was swapped by hand; detach it first")
+    refuse_foreign(model, "the model")
     state = RootState(CallContext())
     model.add_module(CHILD, state)
     state.train(model.training)
-    model.__class__ = root_class(type(model))
+    set_class(model, root_class(type(model)))
     state.guard.encoder_decoder = bool(
         getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     )
@@ -304,7 +310,7 @@ def detach_plan(model: nn.Module, attachment: Attachment) -> None:
         parameter.requires_grad_(True)
     model.__dict__.pop("_keys_to_ignore_on_save", None)
     del model._modules[CHILD]
-    model.__class__ = original_class(model)
+    set_class(model, original_class(model))
 
 
 def refresh(model: nn.Module) -> None:

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from peftref.errors import BackboneError
 from peftref.lowering.state import CHILD, AdapterState, CallContext
 
-__all__ = ["Swapped", "is_swapped", "state_of", "swap", "unswap"]
+__all__ = [
+    "Swapped",
+    "is_swapped",
+    "refuse_foreign",
+    "set_class",
+    "state_of",
+    "swap",
+    "unswap",
+]
 
 
 _MASKS = "peftref_masks"
@@ -125,14 +133,14 @@ def swap(
     if isinstance(module, Swapped):
         missing = tuple(sorted({*substitutes, *module._substitutes}))
         if missing != module._substitutes:
-            _set_class(module, _swapped_class(module.peftref_base, missing))
+            set_class(module, _swapped_class(module.peftref_base, missing))
         return state_of(module)
-    _refuse_foreign(module, path)
+    refuse_foreign(module, path)
     base = type(module)
     state = AdapterState(context, _first_parameter(base))
     module.add_module(CHILD, state)
     state.train(module.training)
-    _set_class(module, _swapped_class(base, tuple(sorted(substitutes))))
+    set_class(module, _swapped_class(base, tuple(sorted(substitutes))))
     return state
 
 
@@ -145,21 +153,30 @@ def unswap(module: nn.Module, path: str) -> None:
         )
     base = module.peftref_base
     del module._modules[CHILD]
-    _set_class(module, base)
+    set_class(module, base)
 
 
-def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class; hooks that accelerate put on it go on to work."""
     module.__class__ = cls
     if "_old_forward" in module.__dict__:
         # accelerate keeps the forward that it wraps on the instance: let it wrap the new one.
         module.__dict__["_old_forward"] = cls.forward.__get__(module)
 
 
-def _refuse_foreign(module: nn.Module, path: str) -> None:
+def refuse_foreign(module: nn.Module, path: str) -> None:
+    """Refuse a module on which a swapped class would have no effect, or a wrong one.
+
+    Raises:
+        BackboneError: parametrised, sharded, or with a forward that another library put on it.
+    """
     if torch.nn.utils.parametrize.is_parametrized(module):
         raise BackboneError(f"{path}: is parametrised; remove its parametrisations first")
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
-        raise BackboneError(f"{path}: its forward was replaced by another library; undo that first")
+        raise BackboneError(
+            f"{path}: its forward was replaced by another library (as accelerate does for mixed "
+            "precision: accelerator.unwrap_model(model, keep_fp32_wrapper=False)); undo that first"
+        )
     if CHILD in module._modules or hasattr(module, CHILD):
         raise BackboneError(f"{path}: already has an attribute {CHILD!r}")
     if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
