@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ __all__ = ["attach", "compile", "compile_table", "load", "restore"]
 Source = str | Mapping[str, Any] | TechniqueSpec | CompositionSpec
 
 
+Observer = Callable[[str, AdapterGraph], None]
+
+
 class Registries:
     """The shipped and plugged-in entries, as the passes ask for them."""
 
@@ -42,7 +45,9 @@ class Registries:
         return procedures.get(name)
 
 
-def compile(spec: Source, model: PreTrainedModel, *, tokens: int = 1024) -> Plan:  # noqa: A001
+def compile(  # noqa: A001
+    spec: Source, model: PreTrainedModel, *, tokens: int = 1024, observe: Observer | None = None
+) -> Plan:
     """Compile a technique or composition for a backbone, without touching it.
 
     Args:
@@ -50,6 +55,7 @@ def compile(spec: Source, model: PreTrainedModel, *, tokens: int = 1024) -> Plan
         model: the backbone; it may be on the meta device. What is attached to it already is
             not seen.
         tokens: tokens a step, for the choice of lowering.
+        observe: sees the name of each pass and the graph after it.
 
     Returns:
         The plan: edits, tensors, properties, costs.
@@ -61,14 +67,21 @@ def compile(spec: Source, model: PreTrainedModel, *, tokens: int = 1024) -> Plan
     """
     composition = load(spec)
     strict = any(m.site.module is None for t in composition.members for m in t.technique.modules)
-    return compile_table(composition, site_table(model, strict=strict), tokens=tokens)
+    table = site_table(model, strict=strict)
+    return compile_table(composition, table, tokens=tokens, observe=observe)
 
 
-def compile_table(composition: CompositionSpec, table: SiteTable, *, tokens: int = 1024) -> Plan:
+def compile_table(
+    composition: CompositionSpec,
+    table: SiteTable,
+    *,
+    tokens: int = 1024,
+    observe: Observer | None = None,
+) -> Plan:
     """Compile for a site table; needs no model and no torch."""
     library = Registries()
     graph = AdapterGraph(composition, table)
-    pipeline = Pipeline(default_passes(library, tokens))
+    pipeline = Pipeline(default_passes(library, tokens), observe)
     pipeline.run(graph)
     return make_plan(graph, pipeline.records, library)
 

@@ -12,8 +12,10 @@ import typer
 from peftref.cli.check import TaskName
 from peftref.cli.describe import describe_plan, describe_spec
 from peftref.cli.style import count, memory, note, print_json, print_table, print_text
-from peftref.errors import SpecError
+from peftref.errors import SpecError, unknown_name
+from peftref.ir.graph import AdapterGraph
 from peftref.ir.plan import Plan
+from peftref.ir.printer import first_sites, print_graph
 from peftref.spec import load, to_yaml
 
 __all__ = ["command"]
@@ -32,6 +34,9 @@ def command(
         Path | None, typer.Option(metavar="FILE", help="Draw the graph: .svg, .dot or .mmd.")
     ] = None,
     passes: Annotated[bool, typer.Option("--passes", help="Tell what each pass did.")] = False,
+    after: Annotated[
+        str | None, typer.Option(metavar="PASS", help="Print the graph after this pass.")
+    ] = None,
     yaml: Annotated[bool, typer.Option("--yaml", help="Print it resolved, as YAML.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
 ) -> None:
@@ -40,20 +45,30 @@ def command(
     The backbone's weights are not read, so this takes seconds for a model of any size.
     """
     spec = load(specification)
-    if backbone is None and (graph is not None or passes):
-        raise SpecError("--graph and --passes show what is compiled: give --backbone PATH")
+    if backbone is None and (graph is not None or passes or after is not None):
+        raise SpecError("--graph, --passes and --after show what is compiled: give --backbone PATH")
     if yaml:
         print_text(to_yaml(spec).rstrip())
         return
     described, plan = describe_spec(specification, spec), None
+    texts: dict[str, str] = {}
     if backbone is not None:
         from peftref.backbone.hf import meta_model
         from peftref.compiler import compile as compile_plan
 
-        plan = compile_plan(spec, meta_model(backbone, task), tokens=tokens)
+        def observe(name: str, graph: AdapterGraph) -> None:
+            if name == after:
+                texts[name] = print_graph(graph, first_sites(graph))
+
+        model = meta_model(backbone, task)
+        plan = compile_plan(spec, model, tokens=tokens, observe=observe)
+        if after is not None and after not in texts:
+            raise SpecError(unknown_name("pass", after, [each.name for each in plan.records]))
         described["plan"] = describe_plan(plan, tokens)
     if json:
         print_json(described)
+    elif after is not None:
+        print_text(texts[after])
     else:
         _print_spec(described)
         if plan is not None:

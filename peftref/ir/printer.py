@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from peftref.ir.graph import AdapterGraph
 from peftref.ir.types import (
     FunctionNode,
@@ -12,20 +14,28 @@ from peftref.ir.types import (
     WriteNode,
 )
 
-__all__ = ["print_graph"]
+__all__ = ["first_sites", "print_graph"]
 
 
-def print_graph(graph: AdapterGraph, site: str | None = None) -> str:
+def first_sites(graph: AdapterGraph) -> frozenset[str]:
+    """Return the label of the first site of each role that a module writes."""
+    first: dict[tuple[str, str, str], str] = {}
+    for _, write in graph.writes():
+        first.setdefault((write.member, write.module, write.site.role), write.site.label)
+    return frozenset(first.values())
+
+
+def print_graph(graph: AdapterGraph, sites: Collection[str] | None = None) -> str:
     """Return one line a node, each write after all that it depends on.
 
     Args:
         graph: the graph.
-        site: label of the one site to print, such as ``decoder.0.attention.query``; None: all.
+        sites: labels of the sites to print, such as ``decoder.0.attention.query``; None: all.
     """
     names: dict[int, str] = {}
     lines: list[str] = []
     for address, write in graph.writes():
-        if site is not None and write.site.label != site:
+        if sites is not None and write.site.label not in sites:
             continue
         for ancestor in graph.ancestors(address):
             if ancestor in names:

@@ -39,6 +39,24 @@ def _run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
     return end.value.code, captured.out, captured.err
 
 
+def test_the_graph_after_a_pass(backbone: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = _run(
+        capsys, "show", "lora(rank=2)", "--backbone", backbone, "--after", "resolve sites"
+    )
+    assert code == 0
+    assert out.splitlines() == [
+        f"%0 = read encoder.0.attention.query.input:{WIDTH} ()",
+        "%1 = function chain(%0)",
+        "%2 = write lora.delta @ encoder.0.attention.query.output parallel scaled_add 8 (%1)",
+        f"%3 = read encoder.0.attention.value.input:{WIDTH} ()",
+        "%4 = function chain(%3)",
+        "%5 = write lora.delta @ encoder.0.attention.value.output parallel scaled_add 8 (%4)",
+    ]
+    code, _, err = _run(capsys, "show", "lora", "--backbone", backbone, "--after", "fus")
+    assert code == 2
+    assert "Did you mean 'fuse'?" in err
+
+
 def test_counts_follow_from_shapes(backbone: str, capsys: pytest.CaptureFixture[str]) -> None:
     rank, bottleneck = 4, 5
     source = f"lora(rank={rank}) + scaled_parallel_adapter(bottleneck={bottleneck})"

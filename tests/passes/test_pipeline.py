@@ -54,7 +54,7 @@ def _after(name: str, expression: str, site: str = "decoder.0.attention.query") 
     seen: dict[str, str] = {}
 
     def observe(done: str, graph: AdapterGraph) -> None:
-        seen[done] = print_graph(graph, site)
+        seen[done] = print_graph(graph, [site])
 
     graph = AdapterGraph(peftref.spec.load(expression), _TABLE)
     Pipeline(default_passes(_Library()), observe).run(graph)
