@@ -43,7 +43,7 @@ def test_eager_equals_sdpa(family: str, padded: bool):
 
 def by_hand(model: torch.nn.Module, x: Tensor, rows: Tensor) -> Tensor:
     """BERT's self-attention with learned rows before its keys and values, written out."""
-    batch, tokens, width = x.shape
+    batch, _, width = x.shape
     heads = 4
     own = rows[None].expand(batch, -1, -1)
 
