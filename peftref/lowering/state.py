@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,9 +50,13 @@ class TensorTree(nn.Module):
 
 @dataclass
 class CallContext:
-    """What belongs to the running forward call of one model: padding masks by stack."""
+    """What belongs to the running forward call of one model.
 
-    masks: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    Attributes:
+        masks: padding masks by stack; None outside a call of the whole model.
+    """
+
+    masks: dict[str, Tensor] | None = None
 
 
 @dataclass
@@ -88,6 +92,11 @@ class AdapterState(nn.Module):
 
     def token_mask(self, stack: str) -> Tensor | None:
         """The padding mask of the running call."""
+        if self.context.masks is None:
+            raise BackboneError(
+                "a gate must know the padding, which only a call of the whole model hands on; "
+                "call the model that was given to attach, not a module inside it"
+            )
         return self.context.masks.get(stack)
 
     def tree(self, adapter: str) -> TensorTree:

@@ -35,7 +35,7 @@ class Swapped:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Run the module, with what belongs to the call handed in as an argument."""
         state: AdapterState = getattr(self, CHILD)
-        if state.masked_block and state.context.masks:
+        if state.masked_block and state.context.masks is not None:
             # As an argument of the call, so that a checkpoint hands it to the recomputation.
             kwargs[_MASKS] = dict(state.context.masks)
         return super().__call__(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]

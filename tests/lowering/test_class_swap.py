@@ -229,3 +229,13 @@ def test_dropout_of_one_adapter_is_kept_or_refused_beside_another():
     peftref.attach(fused, "lora(rank=2, dropout=0.5)", name="a")
     with pytest.raises(BackboneError, match="set dropout to 0"):
         peftref.attach(fused, "oft(block=8)", name="b")
+
+
+def test_a_gate_is_refused_where_it_cannot_know_the_padding():
+    """A call of an inner module would silently average over padding."""
+    model, given = make("gpt2")
+    given["attention_mask"][0, -2:] = 0
+    peftref.attach(model, "gate(lora)")
+    logits(model, given)
+    with pytest.raises(BackboneError, match="call the model that was given"):
+        model.transformer(**given)

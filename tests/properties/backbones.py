@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from hypothesis import settings
+from hypothesis import reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,6 +19,7 @@ from peftref.adapted import Adapted
 from peftref.backbone.hf import site_table
 from peftref.backbone.site_table import SiteTable
 from peftref.compiler import compile_table
+from peftref.errors import TrainingError
 from peftref.testing.strategies import Composed, Printer, compositions
 from tests.backbone.tiny import Task, inputs, tiny
 
@@ -92,19 +93,26 @@ def output(backbone: torch.nn.Module, given: dict[str, Tensor]) -> Tensor:
 def attached(case: Case, dtype: torch.dtype = torch.float32, **options: Any) -> Iterator[Adapted]:
     """Attach to the shared model and detach after; a failed example leaves a fresh model."""
     backbone = model(case.family, dtype)
-    adapted: Adapted | None = None
+    plan = compile_table(case.composed.spec, table(case.family))
+    adapted = peftref.attach(backbone, plan, **options)
     try:
-        plan = compile_table(case.composed.spec, table(case.family))
-        adapted = peftref.attach(backbone, plan, **options)
         adapted.handled = True
-        if plan.properties.needs_data:
-            labelled = {**batch(case.family), "labels": _labels(case.family)}
-            adapted.prepare([labelled])
+        _prepare(case.family, adapted)
         yield adapted
         adapted.detach()
     except BaseException:
         model.cache_clear()
         raise
+
+
+def _prepare(family: str, adapted: Adapted) -> None:
+    if not adapted.plan.properties.needs_data:
+        return
+    try:
+        adapted.prepare([{**batch(family), "labels": _labels(family)}])
+    except TrainingError:  # rectified units that are off for the whole batch have no scores
+        adapted.detach()
+        reject()
 
 
 def _labels(family: str) -> Tensor:
