@@ -146,7 +146,8 @@ def restore(
         raise ArtifactError(
             f"{path}: was trained on backbone {artifact.info['backbone'].get('name')!r} with "
             f"weights {known[:19]}, this model has {found[:19]}; load that backbone (in type "
-            f"{artifact.info['backbone'].get('dtype')}), or pass check_backbone=False"
+            f"{artifact.info['backbone'].get('dtype')}); in Python, restore(..., "
+            "check_backbone=False) skips this check"
         )
     plan = compile(artifact.composition, model)
     planned = {t.name for t in plan.tensors if t.spec.trainable or t.spec.buffer}

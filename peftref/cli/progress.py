@@ -80,7 +80,8 @@ def _line(row: dict[str, Any]) -> str:
     if row["outcome"] == "trained":
         return (f"{row['label']}: score {row['score']:.4f}, {row['parameters']:,} parameters, "
                 f"{row['seconds']:.0f} s")
-    return f"{row['label']}: {row['outcome']}: {row['error']}"
+    reason = f": {row['error']}" if row["error"] else ""
+    return f"{row['label']}: {row['outcome']}{reason}"
 
 
 def _clock(state: dict[str, Any]) -> str:

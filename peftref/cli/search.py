@@ -110,7 +110,8 @@ def print_result(report: dict[str, Any]) -> None:
         f"failed, {counts['infeasible']} refused before training, {counts['duplicate']} repeated; "
         f"{seconds['wall']:.0f} s of wall time."
     )
-    print_text(f"Best artifact: {report['folder']}/best")
+    best = Path(report["folder"]) / "best"
+    print_text(f"Best artifact: {best if best.is_dir() else 'none yet'}")
     print_text(f"Report: {report['folder']}/report.html")
 
 

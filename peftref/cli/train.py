@@ -22,8 +22,8 @@ def command(
     composition: Annotated[
         str | None,
         typer.Argument(
-            metavar="[COMPOSITION]",
-            help="Technique, composition or expression; 'none' trains the task head alone.",
+            metavar="[COMPOSITION|RUN_FILE]",
+            help="Technique, composition, expression or run file; 'none' trains the head alone.",
         ),
     ] = None,
     run: Annotated[
@@ -53,13 +53,39 @@ def command(
     """Train a composition on a data set and save it as an artifact."""
     from peftref.training.settings import load_settings
 
+    if composition is not None and is_run_file(composition):
+        if run is not None:
+            raise SpecError(f"two run files are given: {composition} and {run}; give one")
+        run, composition = Path(composition), None
     flags: dict[str, object] = {
         "composition": composition, "backbone": backbone, "data": data, "output": output,
         "steps": steps, "seed": seed,
     }
+    if run is None:
+        given = {name for name, value in flags.items() if value is not None}
+        given |= {text.split("=")[0].split(".")[0].strip() for text in assignments or []}
+        absent = [f"--{name}" for name in ("backbone", "data") if name not in given]
+        if absent:
+            raise SpecError(
+                f"give {' and '.join(absent)}, or a run file: peftref init run writes one"
+            )
     settings = load_settings(run, flags, assignments or [])
     result = _fit(settings, _place(settings, resume=resume, overwrite=overwrite), resume=resume)
     (_print_json if json else _print)(result)
+
+
+def is_run_file(text: str) -> bool:
+    """Whether ``text`` is the path of a YAML file that is no technique, composition or macro.
+
+    Raises:
+        SpecError: the file is missing or is not YAML.
+    """
+    if not text.endswith((".yaml", ".yml")) or text.startswith(("'", '"')):
+        return False
+    from peftref.spec.loader import read_yaml
+
+    names = read_yaml(Path(text).expanduser()).value
+    return not {"technique", "members", "macro"} & set(names)
 
 
 def _place(settings: RunSettings, *, resume: bool, overwrite: bool) -> Path:

@@ -153,6 +153,9 @@ def _kind_and_name(document: Node) -> tuple[Kind, str]:
                         f"'macro'; found {', '.join(found) or 'none'}", mark=document.mark)
     kind = found[0]
     name = document.value[kind]
+    if {"backbone", "data"} & set(document.value):
+        raise SpecError("this is a run file, not a specification; train it with peftref train, or "
+                        "search it with peftref search", mark=document.mark)
     if not isinstance(name.value, str) or not name.value.isidentifier():
         raise SpecError(f"a {kind} is named by an identifier, not {plain(name)!r:.60}",
                         mark=name.mark)

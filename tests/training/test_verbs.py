@@ -85,6 +85,26 @@ def test_from_a_file_to_predictions(run: Run, root: Path, tmp_path: Path) -> Non
     assert (code, json.loads(out)["metrics"]) == (0, result["metrics"])
 
 
+def test_a_run_file_is_an_argument_of_its_own(run: Run, root: Path, tmp_path: Path) -> None:
+    """The file that ``init run`` writes is started as its first line says."""
+    file = tmp_path / "mine.yaml"
+    assert run("init", "run", file)[0] == 0
+    flags = ("--backbone", root / "bert", "--data", root / "rows.jsonl", "--steps", 2,
+             "--output", tmp_path / "a", "--set", "max_length=24", "--set", "device=cpu")
+    code, out, err = run("train", file, *flags, "--json")
+    assert code == 0, err
+    assert json.loads(out)["trainable_parameters"] == 2 * 2 * 2 * 8 * 32
+    code, _, err = run("train", tmp_path / "absent.yaml")
+    assert code == 2
+    assert "absent.yaml" in err
+    code, _, err = run("train", file, "--run", root / "run.yaml")
+    assert code == 2
+    assert "two run files" in err
+    code, _, err = run("train", "lora")
+    assert code == 2
+    assert "--backbone and --data" in err
+
+
 def scores(artifact: Path, rows: list[str]) -> torch.Tensor:
     opened = open_artifact(artifact, device="cpu")
     with torch.no_grad():
