@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from peftref.errors import SpecError
 from peftref.ir.graph import AdapterGraph
-from peftref.passes.base import Library
+from peftref.passes.base import Library, wrong_argument
 
 __all__ = ["ApplyCouplings"]
 
@@ -28,13 +27,7 @@ class ApplyCouplings:
             try:
                 arguments = kind.Arguments(**spec.arguments)
             except ValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(map(str, first["loc"]))
-                raise SpecError(
-                    f"{spec.name}: argument {where!r}: {first['msg']} (found {first['input']!r}); "
-                    f"valid: {', '.join(kind.Arguments.model_fields)}",
-                    mark=spec.mark,
-                ) from None
+                raise wrong_argument(spec.name, error, kind.Arguments, spec.mark) from None
             done.append(f"{spec.name}: {kind(arguments).apply(graph, spec.members or everyone)}")
         for member in graph.composition.members:
             graph.procedures.extend(member.technique.procedures)

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from peftref.errors import PeftRefError, SpecError
+from peftref.errors import Mark, PeftRefError, SpecError
 from peftref.ir.graph import AdapterGraph
 from peftref.ir.plan import PassRecord
 from peftref.spec.technique import ProcedureSpec
 
-__all__ = ["Library", "Pass", "PassRecord", "Pipeline", "make_procedure"]
+__all__ = ["Library", "Pass", "PassRecord", "Pipeline", "make_procedure", "wrong_argument"]
 
 
 class Library(Protocol):
@@ -51,13 +51,20 @@ def make_procedure(spec: ProcedureSpec, library: Library) -> ProcedureFacts:
     try:
         return kind(kind.Arguments(**spec.arguments))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise SpecError(
-            f"procedure {spec.name}: argument {where!r}: {first['msg']} "
-            f"(found {first['input']!r}); valid: {', '.join(kind.Arguments.model_fields)}",
-            mark=spec.mark,
-        ) from None
+        raise wrong_argument(f"procedure {spec.name}", error, kind.Arguments, spec.mark) from None
+
+
+def wrong_argument(
+    what: str, error: ValidationError, arguments: type[BaseModel], mark: Mark | None
+) -> SpecError:
+    """Return the error for the first argument that ``what`` does not take."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return SpecError(
+        f"{what}: argument {where!r}: {first['msg']} (found {first['input']!r}); "
+        f"valid: {', '.join(arguments.model_fields)}",
+        mark=mark,
+    )
 
 
 class Pass(Protocol):

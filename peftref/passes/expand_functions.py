@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from peftref.backbone.site_table import SiteKind
 from peftref.errors import CompositionError, SpecError
 from peftref.ir.graph import AdapterGraph
-from peftref.ir.primitive import Arguments, Place, TensorSpec
+from peftref.ir.primitive import Place, TensorSpec
 from peftref.ir.types import FunctionNode, OperationNode, ReadNode, TensorNode, WriteNode
-from peftref.passes.base import Library
+from peftref.passes.base import Library, wrong_argument
 from peftref.spec.technique import Expression
 from peftref.spec.typology import Port
 
@@ -86,8 +86,9 @@ class ExpandFunctions:
         try:
             arguments = kind.Arguments(**expression.arguments)
         except ValidationError as error:
-            raise SpecError(_explain(expression.name, error, kind.Arguments),
-                            mark=expression.mark) from None
+            raise wrong_argument(
+                expression.name, error, kind.Arguments, expression.mark
+            ) from None
         before = graph.node(streams[0])
         d_in = before.width if isinstance(before, ReadNode | OperationNode) else 0
         place = Place(
@@ -160,10 +161,3 @@ def _port_shape(write: WriteNode, vocabulary: int) -> tuple[int, ...]:
     if write.port is Port.BIAS or (write.port is Port.WEIGHT and site.kind is SiteKind.NORM):
         return (site.d_out,)
     return (site.d_out, site.d_in)
-
-
-def _explain(name: str, error: ValidationError, arguments: type[Arguments]) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    valid = ", ".join(arguments.model_fields)
-    return f"{name}: argument {where!r}: {first['msg']} (found {first['input']!r}); valid: {valid}"
