@@ -62,7 +62,7 @@ specs: $(VENV)/.dev
 check: lint types imports specs test
 
 nightly: $(VENV)/.nightly
-	$(BIN)/python -m pytest -q -n 2 -m "not gpu"
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q -n 2 -m "not gpu"
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
