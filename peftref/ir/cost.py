@@ -57,12 +57,13 @@ def _module_flops(module: ModulePlan, tokens: int) -> int:
         # A norm, and the product of a slice, need the weight all the same.
         forms = bool(sites) or any(edit.stage is Stage.WEIGHT_NORM for edit in weights)
         flops += sum(_forming(edit) for edit in weights if forms and not edit.write.needs_matrix)
-    return flops
+    # A layer that runs several times runs its edits as often.
+    return flops * max(edit.write.site.shared_by for edit in module.edits)
 
 
 def _edit_flops(edit: EditPlan, tokens: int) -> int:
     site, write = edit.write.site, edit.write
-    per_token = sum(step.primitive.flops() for step in edit.program.steps)
+    per_token = edit.flops
     if edit.stage is Stage.TOKENS:
         return _rows(edit) * per_token
     if edit.stage is Stage.KEYS_VALUES:
@@ -101,7 +102,7 @@ def _prompt_flops(table: SiteTable, stack: str, rows: int, tokens: int, sequence
             continue
         width = site.attention.heads * site.attention.head_width
         if site.stack == stack and site.role == "attention":
-            flops += 4 * width * (whole**2 - tokens**2) // sequences
+            flops += 4 * width * (whole**2 - tokens**2) // sequences * site.shared_by
         elif site.role == "cross_attention":
             flops += 4 * width * tokens * rows
     return flops
