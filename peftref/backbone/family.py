@@ -35,11 +35,12 @@ from peftref.errors import SpecError
 from peftref.spec.base import Frozen
 from peftref.spec.loader import parse_yaml, read_yaml, validated
 
-__all__ = ["Family", "Place", "Role", "RowRule", "SpanInput", "Stack", "choose", "expand",
-           "families", "read_family"]
+__all__ = ["CacheRule", "Family", "Place", "Role", "RowRule", "SpanInput", "Stack", "choose",
+           "expand", "families", "read_family"]
 
 T = TypeVar("T")
 RowRule = Literal["halves", "thirds", "gqa", "head_interleaved", "grouped", "multi_query"]
+Padding = Literal["visible", "hidden", "zero", "distance"]
 OTHERWISE = "otherwise"
 WORKSPACES = ("attention", "cross_attention", "embedding", "experts", "ffn", "norm", "pooler",
               "router")
@@ -60,10 +61,30 @@ RoleName = Annotated[str, AfterValidator(_role)]
 
 
 class SpanInput(Frozen):
-    """Where the input of a sub-layer is read: an argument of ``module`` (None: its own)."""
+    """Where the input of a sub-layer is read: an argument of ``module`` (None: its own).
+
+    ``module`` may enclose the module that ends the sub-layer, and then hands its first argument
+    on to it (BERT); or it stands beside it and begins the sub-layer (OPT's ``fc1``).
+    """
 
     argument: str
     module: str | None = None
+
+
+class CacheRule(Frozen):
+    """How a prefix enters attention that never calls the attention interface.
+
+    Attributes:
+        argument: the argument of the module's forward that takes the cache of keys and values.
+        pad: arguments that count keys in their last dimension, and what a prefix gets there:
+            ``visible`` and ``hidden`` are masks (true or 0 is seen; true is hidden), ``zero`` a
+            bias by position from the first token, ``distance`` one by distance from the last key.
+        windows: buffer of the module that says which key each query sees (GPT-Neo).
+    """
+
+    argument: str
+    pad: Mapping[str, Padding] = Field(default_factory=dict)
+    windows: str | None = None
 
 
 class Place(Frozen):
@@ -78,12 +99,16 @@ class Place(Frozen):
         input: where a span reads; None: first argument of ``module``.
         interface: for attention spans, the module that calls the attention interface; None:
             ``module``; ``""``: none does.
+        cache: for attention spans without an attention interface, how a prefix enters instead.
+        form: for attention spans with neither, the forward of ours that takes a prefix.
     """
 
     module: tuple[str, ...] = Field(min_length=1)
     rows: RowRule | Mapping[str, RowRule] | None = None
     input: SpanInput | None = None
     interface: str | None = None
+    cache: CacheRule | None = None
+    form: Literal["disentangled"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -151,9 +176,17 @@ class Stack(Frozen):
     ``heads``, ``key_value_heads`` and ``head_width`` name attributes of the configuration (or,
     as ``rows``, choose one by a true attribute); unset, ``num_key_value_heads`` and ``head_dim``
     are used where they exist, else as many as heads, and the hidden size over the heads.
+
+    Attributes:
+        layers: path of the list of layers; ``*`` stands for every group of layers, in order.
+        runs: configuration attribute with the number of passes through groups of layers, where
+            a layer is run more often than once (ALBERT).
+        config: configuration attribute with the stack's own configuration (CLIP).
     """
 
     layers: str
+    runs: str | None = None
+    config: str | None = None
     before: Mapping[RoleName, Place] = Field(default_factory=dict)
     layer: Mapping[RoleName, Place]
     after: Mapping[RoleName, Place] = Field(default_factory=dict)

@@ -8,7 +8,8 @@ from enum import StrEnum
 
 from peftref.spec.typology import Port
 
-__all__ = ["ADDED", "Argument", "AttentionShape", "RowSlice", "Site", "SiteKind", "SiteTable"]
+__all__ = ["ADDED", "Argument", "AttentionShape", "CacheArgument", "RowSlice", "Site", "SiteKind",
+           "SiteTable"]
 
 ADDED = "peftref"
 """Name of the child module under which peftref registers what it adds to a module of a model.
@@ -58,11 +59,26 @@ class Argument:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheArgument:
+    """Where a prefix enters attention that calls no attention interface.
+
+    ``name`` is the argument that takes the cache, ``pad`` the arguments that count keys and what
+    a prefix gets in each, ``windows`` a buffer of visible keys (see ``family.CacheRule``).
+    """
+
+    name: str
+    pad: tuple[tuple[str, str], ...]
+    windows: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionShape:
     """Head counts and width of one attention sub-layer.
 
     ``interface`` is the path of the module whose forward calls transformers' attention
-    interface; None where the family calls none, so that no prefix can be inserted.
+    interface; None where the family calls none, so that no prefix can be inserted. Where ``cache``
+    is given, that module calls none but takes a cache, by which a prefix enters; where ``form``
+    is given, a forward of ours stands for its own (see ``family.Place``).
     """
 
     heads: int
@@ -70,6 +86,13 @@ class AttentionShape:
     head_width: int
     interface: str | None
     causal: bool
+    cache: CacheArgument | None = None
+    form: str | None = None
+
+    @property
+    def calls_interface(self) -> bool:
+        """Whether transformers' attention interface is where a prefix enters."""
+        return self.interface is not None and self.cache is None and self.form is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +112,8 @@ class Site:
         transposed: whether the weight is stored (d_in, d_out), as GPT-2's Conv1D.
         rows: the rows of a fused projection that are this site; None: all.
         input: where the input port is read; None: first argument of ``module``. When it names
-            an *enclosing* module, that module hands its first argument on to ``module``.
+            an *enclosing* module, that module hands its first argument on to ``module``; when
+            it names one beside ``module``, that one runs before it in every call of the layer.
         attention: head shape where the site has ``keys_values``.
         shared_by: layers that run this very module (ALBERT); 1 otherwise.
         tied: path of another module that owns the same weight tensor (tied head).

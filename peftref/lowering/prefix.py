@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,21 +16,18 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from peftref.errors import BackboneError
+from peftref.lowering.cache import Prefix, by_cache
+from peftref.lowering.disentangled import attend_with_rows
 from peftref.lowering.original import original_class
 from peftref.lowering.program import BoundEdit
 
-__all__ = ["Prefix", "build_prefix", "interface_name", "register_interface"]
+__all__ = ["Prefix", "build_prefix", "insert_prefix", "interface_name", "own_forward",
+           "refuse_unused",
+           "register_interface"]
 
 _PREFIX = "peftref_"
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
-
-
-@dataclass(slots=True)
-class Prefix:
-    """Key and value rows that every query sees: (batch or 1, key-value heads, rows, width)."""
-
-    keys: Tensor
-    values: Tensor
+_FORMS: dict[str, Attention] = {"disentangled": attend_with_rows}
 
 
 def build_prefix(edits: list[BoundEdit], x: Tensor) -> Prefix:
@@ -59,6 +55,48 @@ def build_prefix(edits: list[BoundEdit], x: Tensor) -> Prefix:
         torch.cat([k.expand(batch, -1, -1, -1) for k in keys], 2),
         torch.cat([v.expand(batch, -1, -1, -1) for v in values], 2),
     )
+
+
+def insert_prefix(
+    module: nn.Module, edits: list[BoundEdit], x: Tensor, call: tuple[Any, ...],
+    named: dict[str, Any],
+) -> tuple[Prefix, tuple[Any, ...], dict[str, Any]]:
+    """Hand the rows of all prefix edits to a call of an attention module.
+
+    Args:
+        module: the attention module.
+        edits: its prefix edits.
+        x: the first argument of the call.
+        call: the positional arguments behind it.
+        named: the others.
+
+    Returns:
+        The rows, and the arguments with them.
+    """
+    prefix = build_prefix(edits, x)
+    shape = edits[0].edit.write.site.attention
+    if shape is None or shape.cache is None:
+        return prefix, call, {**named, "peftref": prefix}
+    return prefix, (), by_cache(module, shape.cache, prefix, x, call, named)
+
+
+def own_forward(edits: list[BoundEdit]) -> Attention | None:
+    """The forward of ours that takes a prefix where the module's own one cannot."""
+    shape = edits[0].edit.write.site.attention
+    return None if shape is None or shape.form is None else _FORMS[shape.form]
+
+
+def refuse_unused(prefix: Prefix, edits: list[BoundEdit]) -> None:
+    """Refuse attention that has taken no prefix: it would be ignored without a word.
+
+    Raises:
+        BackboneError: neither an attention function nor a cache saw the rows.
+    """
+    if not prefix.used:
+        raise BackboneError(
+            f"{edits[0].edit.write.label}: this attention called neither transformers' attention "
+            "interface nor its cache, so the prefix had no effect; use another technique here"
+        )
 
 
 def interface_name(base: str) -> str:
@@ -121,6 +159,7 @@ def _attend(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     module, query, key, value, mask = call
+    prefix.used = True
     rows, queries = prefix.keys.shape[2], query.shape[2]
     if kwargs.get("position_bias") is not None:
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (rows, 0))

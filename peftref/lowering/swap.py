@@ -97,6 +97,7 @@ def _substituted(name: str) -> property:
 
     def get(self: nn.Module) -> Tensor | None:
         tensor = self._parameters.get(name)
+        tensor = self._buffers.get(name) if tensor is None else tensor
         fold = getattr(self, CHILD).fold(self)
         return tensor if tensor is None or fold is None else fold.effective(name, tensor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,17 +11,27 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, OPTConfig, PreTrainedModel
+from transformers import AutoModel, DynamicCache, OPTConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peftref.backbone.family import read_family
 from peftref.backbone.hf import site_table
 from peftref.backbone.site_table import Site, SiteKind, SiteTable
-from tests.backbone.observe import forward, perturbed, read_ports
-from tests.backbone.tiny import FAMILIES, inputs, tiny
+from tests.backbone.observe import forward, perturbed, read_ports, rows_of
+from tests.backbone.tiny import ALL, TWO_STACKS, inputs, tiny
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{family: (family, {}) for family in FAMILIES},
+    **{family: (family, {}) for family in ALL},
+    "falcon-7b": ("falcon", {"new_decoder_architecture": False}),
+    "falcon-rw": ("falcon", {"new_decoder_architecture": False, "multi_query": False,
+                             "num_kv_heads": 4, "parallel_attn": False, "alibi": True}),
+    "falcon-one-norm": ("falcon", {"num_ln_in_parallel_attn": 1}),
+    "opt-350m": ("opt", {"do_layer_norm_before": False}),
+    "phi-normed": ("phi", {"qk_layernorm": True}),
+    "albert-groups": ("albert", {"num_hidden_groups": 2, "num_hidden_layers": 4}),
+    "deberta-unshared": ("deberta-v2", {"share_att_key": False}),
+    "deberta-absolute": ("deberta-v2", {"relative_attention": False, "pos_att_type": None,
+                                        "position_biased_input": True}),
     "gpt_neox-serial": ("gpt_neox", {"use_parallel_residual": False}),
     "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "t5-gated": ("t5", {"feed_forward_proj": "gated-gelu"}),
@@ -43,19 +54,49 @@ stacks:
 """
 
 
+Seen = dict[int, tuple[Any, ...]]
+
+
 @contextmanager
-def attended(monkeypatch: pytest.MonkeyPatch) -> Generator[dict[int, tuple[Tensor, ...]]]:
-    """Collect query, key and value by the identity of the module that attends."""
-    seen: dict[int, tuple[Tensor, ...]] = {}
-    real = ALL_ATTENTION_FUNCTIONS["sdpa"]
+def attended(
+    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, table: SiteTable
+) -> Generator[Seen]:
+    """Collect query, key and value of the first call by the identity of the module that attends.
 
-    def spy(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: object,
-            **kwargs: object) -> object:
-        seen[id(module)] = (q.clone(), k.clone(), v.clone())
-        return real(module, q, k, v, *args, **kwargs)
+    Families without an attention interface show what they store in the cache, hence no query;
+    DeBERTa splits the three into heads one after the other.
+    """
+    seen: Seen = {}
+    paths = {s.layer: s.attention.interface for s in table
+             if s.attention is not None and s.attention.cache is not None}
 
+    def spy(real: Any) -> Any:
+        def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: object,
+                   **kwargs: object) -> object:
+            seen.setdefault(id(module), (q.clone(), k.clone(), v.clone()))
+            return real(module, q, k, v, *args, **kwargs)
+        return attend
+
+    def update(cache: DynamicCache, k: Tensor, v: Tensor, layer: int, *args: object) -> object:
+        if layer in paths:
+            seen[id(model.get_submodule(str(paths[layer])))] = (None, k.clone(), v.clone())
+        return store(cache, k, v, layer, *args)
+
+    def split(module: nn.Module, x: Tensor, heads: int) -> Tensor:
+        parts = cut(module, x, heads)
+        seen[id(module)] = (*seen.get(id(module), ()), parts.unflatten(0, (-1, heads)).clone())
+        return parts
+
+    store = DynamicCache.update
+    file = sys.modules[type(model).__module__]
     with monkeypatch.context() as patch:
-        patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", spy)
+        patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", spy(ALL_ATTENTION_FUNCTIONS["sdpa"]))
+        if hasattr(file, "eager_attention_forward"):
+            patch.setattr(file, "eager_attention_forward", spy(file.eager_attention_forward))
+        patch.setattr(DynamicCache, "update", update)
+        if hasattr(file, "DisentangledSelfAttention"):
+            cut = file.DisentangledSelfAttention.transpose_for_scores
+            patch.setattr(file.DisentangledSelfAttention, "transpose_for_scores", split)
         yield seen
 
 
@@ -64,7 +105,9 @@ def probe_rows(model: PreTrainedModel, table: SiteTable, batch: dict[str, Tensor
     """Change each attention role in turn; return how many were probed."""
     spans = {(s.stack, s.layer, s.role): s for s in table if s.kind is SiteKind.ATTENTION}
     probed = 0
-    with attended(monkeypatch) as seen:
+    if any(s.attention is not None and s.attention.cache is not None for s in table):
+        model.config.use_cache = True
+    with attended(monkeypatch, model, table) as seen:
         forward(model, batch)
         before = dict(seen)
         for site in table:
@@ -76,17 +119,23 @@ def probe_rows(model: PreTrainedModel, table: SiteTable, batch: dict[str, Tensor
             assert shape is not None
             assert shape.interface is not None
             interface = id(model.get_submodule(shape.interface))
-            q, k, v = before[interface]
-            assert (q.shape[1], k.shape[1], v.shape[1]) == (
-                shape.heads, shape.key_value_heads, shape.key_value_heads)
-            assert q.shape[3] == shape.head_width
+            q, k, v = before[interface][:3]
+            stored = shape.heads if table.family == "falcon" else shape.key_value_heads
+            assert k.shape[1] == v.shape[1]
+            assert k.shape[1] in (stored, shape.key_value_heads)
+            assert k.shape[3] == v.shape[3] == shape.head_width
+            if q is not None:
+                assert (q.shape[1], q.shape[3]) == (shape.heads, shape.head_width)
+            seen.clear()
             with perturbed(model, site):
                 forward(model, batch)
-            changed = [tuple((new != old).any(0).any(1).flatten().tolist())
-                       for new, old in zip(seen[interface], before[interface], strict=True)]
             part = PARTS.index(site.role.rpartition(".")[2])
-            for i, columns in enumerate(changed):
-                assert all(columns) if i == part else not any(columns), (site.label, i)
+            for i, new in enumerate(seen[interface][:3]):
+                old = before[interface][i]
+                if new is None:
+                    continue
+                columns = (new != old).any(0).any(1)
+                assert bool(columns.all() if i == part else not columns.any()), (site.label, i)
             probed += 1
     return probed
 
@@ -97,9 +146,12 @@ def test_exactly_the_named_part_of_the_attention_changes(
 ) -> None:
     family, changes = VARIANTS[variant]
     model = tiny(family, **changes)
-    attentions = 6 if family == "t5" else 2
-    roles = 6 if family == "qwen3" else 4  # with the norms of query and key
-    assert probe_rows(model, site_table(model), inputs(family), monkeypatch) == roles * attentions
+    table = site_table(model)
+    attentions = sum(s.kind is SiteKind.ATTENTION for s in table)
+    stacks = 3 if family in TWO_STACKS else 1  # a decoder's layer has two
+    assert attentions == stacks * next(iter(table.layers.values()))
+    roles = 6 if "norm.query" in table.roles() else 4
+    assert probe_rows(model, table, inputs(family), monkeypatch) == roles * attentions
 
 
 def test_a_row_of_the_user_reads_a_family_that_no_built_in_row_knows(
@@ -116,17 +168,19 @@ def test_a_row_of_the_user_reads_a_family_that_no_built_in_row_knows(
     assert probe_rows(model, table, inputs("llama"), monkeypatch) == 8
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_causal_says_whether_a_token_sees_what_follows(family: str) -> None:
     model, batch = tiny(family), inputs(family)
     table = site_table(model)
     for stack in table.layers:
-        key = "decoder_input_ids" if (family, stack) == ("t5", "decoder") else "input_ids"
+        ends = stack == "decoder" and family in TWO_STACKS
+        key = "decoder_input_ids" if ends else next(iter(batch))
         last = [s for s in table if s.role == "block" and s.stack == stack][-1:]
         plain = read_ports(model, last, batch)[last[0].label][1]
         ids = batch[key].clone()
-        ids[:, -1] += 1
-        ids[:, -1] %= 97
+        ids[..., -1] += 1
+        if not ids.is_floating_point():
+            ids %= 97
         other = read_ports(model, last, {**batch, key: ids})[last[0].label][1]
         sees = bool((plain[:, 0] != other[:, 0]).any())
         spans = [s.attention for s in table if s.role == "attention" and s.stack == stack]
@@ -163,16 +217,17 @@ def _scaled_ffn(model: PreTrainedModel, site: Site, spans: list[Site], batch: di
     """Read the spans while the linear of ``site`` puts out twice its product (and bias)."""
     tensors = [p for name, p in model.get_submodule(site.module).named_parameters()
                if name == "weight" or site.role != "ffn.down"]
+    rows = slice(None) if site.rows is None else rows_of(site.rows)
     with torch.no_grad():
         for tensor in tensors:
-            tensor.mul_(2)
+            (tensor.T if site.transposed and tensor.dim() == 2 else tensor)[rows] *= 2
         ports = read_ports(model, spans, batch)
         for tensor in tensors:
-            tensor.div_(2)
+            (tensor.T if site.transposed and tensor.dim() == 2 else tensor)[rows] /= 2
     return ports
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_norms_embeddings_and_pooler_reach_the_output_and_widths_are_real(family: str) -> None:
     model, batch = tiny(family), inputs(family)
     table = site_table(model)

@@ -9,22 +9,35 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
-__all__ = ["DECODERS", "ENCODERS", "FAMILIES", "Task", "inputs", "tiny", "tiny_config"]
+from tests.backbone.tiny_decoders import CONFIGS as _MORE_DECODERS
+from tests.backbone.tiny_encoders import CONFIGS as _MORE_ENCODERS
+from tests.backbone.tiny_encoders import IMAGES, PAIRS, SPEECH
+
+__all__ = ["ALL", "ALL_DECODERS", "DECODERS", "ENCODERS", "FAMILIES", "OTHERS", "TWO_STACKS",
+           "Task", "inputs", "tiny", "tiny_config"]
 
 Task = Literal["features", "classification", "causal_lm", "seq2seq_lm"]
 ENCODERS = ("bert", "roberta", "distilbert")
 DECODERS = ("gpt2", "gpt_neox", "llama", "qwen3")
 FAMILIES = (*ENCODERS, *DECODERS, "t5")
+"""A family of each kind, for what takes long; ``ALL`` is for what is quick."""
+ALL_DECODERS = (*DECODERS, *_MORE_DECODERS)
+ALL = (*FAMILIES, *_MORE_DECODERS)
+OTHERS = tuple(_MORE_ENCODERS)
+TWO_STACKS = ("t5", *PAIRS, *SPEECH)
 
 VOCABULARY = 97
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop",
-             "attn_pdrop", "dropout", "attention_dropout", "dropout_rate", "hidden_dropout")
+             "attn_pdrop", "dropout", "attention_dropout", "dropout_rate", "hidden_dropout",
+             "activation_dropout", "classifier_dropout_prob", "embedding_dropout", "mlp_dropout")
 _USUAL: dict[str, object] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
           "intermediate_size": 48, "max_position_embeddings": 64}
 _GROUPED: dict[str, object] = {**_USUAL, "num_key_value_heads": 2}
@@ -40,6 +53,8 @@ _OWN: dict[str, dict[str, object]] = {
     "qwen3": {**_GROUPED, "head_dim": 16},
     "t5": {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 12, "d_ff": 48,
            "decoder_start_token_id": 0},
+    **_MORE_DECODERS,
+    **_MORE_ENCODERS,
 }
 _TASKS = {
     "features": AutoModel,
@@ -68,7 +83,9 @@ def tiny(family: str, task: Task = "features", *, num_labels: int = 3, seed: int
     if task == "causal_lm" and family in ("bert", "roberta"):
         config.is_decoder = True
     torch.manual_seed(seed)
-    model = _TASKS[task].from_config(config)
+    own = {"classification": AutoModelForImageClassification} if family in IMAGES else {}
+    own |= {"seq2seq_lm": AutoModelForSpeechSeq2Seq} if family in SPEECH else {}
+    model = (_TASKS | own)[task].from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -80,13 +97,17 @@ def tiny(family: str, task: Task = "features", *, num_labels: int = 3, seed: int
 
 def inputs(family: str, task: Task = "features", *, batch: int = 2, length: int = 7,
            seed: int = 1) -> dict[str, torch.Tensor]:
-    """Return token ids (no padding) for ``tiny(family, task)``; T5 gets decoder ids too."""
+    """Return what ``tiny(family, task)`` takes, without padding; ids for the decoder too."""
     generator = torch.Generator().manual_seed(seed)
+    if family in IMAGES:
+        return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
     ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
     batch_inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if family == "t5" and task in ("features", "seq2seq_lm"):
+    if family in SPEECH:
+        batch_inputs = {"input_features": torch.randn(batch, 8, 14, generator=generator)}
+    if family in TWO_STACKS and task in ("features", "seq2seq_lm"):
         batch_inputs["decoder_input_ids"] = torch.randint(
             3, VOCABULARY, (batch, length - 2), generator=generator)
-    if family == "t5" and task == "classification":
-        ids[:, -1] = 1  # T5 classifies at the end-of-sequence token
+    if family in TWO_STACKS and task == "classification":
+        ids[:, -1] = 1 if family == "t5" else 2  # classified at the end-of-sequence token
     return batch_inputs

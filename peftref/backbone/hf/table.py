@@ -19,7 +19,14 @@ from peftref.backbone.hf.modules import (
 )
 from peftref.backbone.hf.refusal import refusal
 from peftref.backbone.rows import row_slice
-from peftref.backbone.site_table import Argument, AttentionShape, Site, SiteKind, SiteTable
+from peftref.backbone.site_table import (
+    Argument,
+    AttentionShape,
+    CacheArgument,
+    Site,
+    SiteKind,
+    SiteTable,
+)
 from peftref.errors import BackboneError
 
 __all__ = ["module_table", "site_table"]
@@ -69,16 +76,16 @@ def module_table(model: PreTrainedModel) -> SiteTable:
 
 
 def _module_sites(
-    modules: Mapping[str, nn.Module], layers: Mapping[str, tuple[str, int]]
+    modules: Mapping[str, nn.Module], layers: Mapping[str, _Layer]
 ) -> dict[str, Site]:
     tied = owners(modules)
     sites: dict[str, Site] = {}
     for path, module in modules.items():
         parts = path.split(".")
         inside = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
-        stack, layer = next((layers[start] for start in inside if start in layers), ("", None))
-        site = _site(f"module:{path}", stack, layer, path, module)
-        sites[path] = replace(site, tied=_tied(path, module, tied))
+        own = next((layers[start] for start in inside if start in layers), _Layer("", None))
+        site = _site(f"module:{path}", own.stack, own.index, path, module)
+        sites[path] = replace(site, tied=_tied(path, module, tied), shared_by=own.runs)
     return sites
 
 
@@ -94,12 +101,22 @@ def _tied(path: str, module: nn.Module, tied: Mapping[int, list[str]]) -> str | 
 
 
 @dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer of a stack and how often a forward runs it."""
+
+    stack: str
+    index: int | None
+    runs: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class _Heads:
-    """Head counts of a stack, from the configuration."""
+    """Head counts of a stack and the width of its stream, from the configuration."""
 
     heads: int
     key_value_heads: int
     width: int
+    hidden: int
 
 
 class _Reader:
@@ -110,27 +127,27 @@ class _Reader:
         self.modules = named_modules(model)
         self.prefix = base_prefix(model)
         self.tied = owners(self.modules)
-        self.hidden: int = model.config.hidden_size
         self.pre_norm = choose(row.norms, model.config) == "pre"
         self.name = model.config.model_type
 
     def table(self) -> SiteTable:
         """Return the table; a stack that the model lacks altogether is left out."""
-        stacks = {name: stack for name, stack in self.row.stacks.items()
-                  if isinstance(self.modules.get(self.prefix + stack.layers), nn.ModuleList)}
-        if not stacks:
+        layers = {name: self._layers(name, stack) for name, stack in self.row.stacks.items()}
+        layers = {name: own for name, own in layers.items() if own}
+        if not layers:
             tried = ", ".join(repr(self.prefix + s.layers) for s in self.row.stacks.values())
             raise self._misfit(f"it has no list of layers at {tried}")
-        sites = [site for name, stack in stacks.items() for site in self._stack(name, stack)]
-        paths = {name: self._layers(stack) for name, stack in stacks.items()}
+        stacks = {name: self.row.stacks[name] for name in layers}
+        sites = [site for name, own in layers.items()
+                 for site in self._stack(name, stacks[name], own)]
         heads = head_modules(self.model)
         sites += self._language_head(list(stacks)[-1])
-        where = {path: (name, i) for name, own in paths.items() for i, path in enumerate(own)}
+        where = {path: layer for own in layers.values() for path, layer in own.items()}
         return SiteTable(
             family=self.name,
-            hidden_size=self.hidden,
+            hidden_size=self._heads(next(iter(stacks.values()))).hidden,
             vocabulary=self._vocabulary(sites),
-            layers={name: len(own) for name, own in paths.items()},
+            layers={name: len(own) for name, own in layers.items()},
             sites=tuple(sites),
             modules=_module_sites(self.modules, where),
             head_modules=heads,
@@ -138,18 +155,36 @@ class _Reader:
             pre_norm=self.pre_norm,
         )
 
-    def _layers(self, stack: Stack) -> list[str]:
-        path = self.prefix + stack.layers
-        return [f"{path}.{name}" for name, _ in self.modules[path].named_children()]
+    def _layers(self, name: str, stack: Stack) -> dict[str, _Layer]:
+        """The layers of a stack by path; empty where the model lacks the stack altogether."""
+        lists = self._lists(self.prefix + stack.layers)
+        passes = self._attribute(stack, stack.runs) if stack.runs else len(lists)
+        # A pass runs all layers of one group; the groups share out the passes evenly.
+        groups = [int(i * len(lists) / passes) for i in range(passes)]
+        found: dict[str, _Layer] = {}
+        for group, path in enumerate(lists):
+            for child, _ in self.modules[path].named_children():
+                found[f"{path}.{child}"] = _Layer(name, len(found), groups.count(group))
+        return found
 
-    def _stack(self, name: str, stack: Stack) -> Iterator[Site]:
+    def _lists(self, path: str) -> list[str]:
+        """The lists of layers at ``path``, in which ``*`` stands for any child of a list."""
+        start, star, end = path.partition("*")
+        if star and isinstance(self.modules.get(start.rstrip(".")), nn.ModuleList):
+            groups = self.modules[start.rstrip(".")].named_children()
+            return [f"{start}{group}{end}" for group, _ in groups]
+        return [path] if isinstance(self.modules.get(path), nn.ModuleList) else []
+
+    def _stack(self, name: str, stack: Stack, layers: dict[str, _Layer]) -> Iterator[Site]:
         heads = self._heads(stack)
         yield from self._sites(expand(stack.before), name, None, self.prefix, heads)
         roles = expand(stack.layer)
-        for i, path in enumerate(self._layers(stack)):
-            sites = list(self._sites(roles, name, i, f"{path}.", heads))
+        for i, (path, layer) in enumerate(layers.items()):
+            sites = [replace(site, shared_by=layer.runs)
+                     for site in self._sites(roles, name, i, f"{path}.", heads)]
             yield from sites
-            block = Site("block", name, i, path, SiteKind.SPAN, self.hidden, self.hidden)
+            block = Site("block", name, i, path, SiteKind.SPAN, heads.hidden, heads.hidden,
+                         shared_by=layer.runs)
             yield block
             norm = next((site for site in sites if site.role == "norm.ffn"), None)
             if self.pre_norm or norm is None:
@@ -177,7 +212,8 @@ class _Reader:
     def _find(self, role: Role, prefix: str) -> str | None:
         for path in role.place.module:
             if prefix + path in self.modules:
-                return prefix + path
+                empty = isinstance(self.modules[prefix + path], nn.Identity)
+                return None if role.optional and empty else prefix + path
         if role.optional:
             return None
         wanted = " or ".join(repr(prefix + path) for path in role.place.module)
@@ -196,8 +232,8 @@ class _Reader:
         shape = None
         if SPANS[site.role] is SiteKind.ATTENTION:
             shape = self._attention(site, place, prefix, heads)
-        return Site(site.role, site.stack, site.layer, site.module, SPANS[site.role], self.hidden,
-                    self.hidden, input=reads, attention=shape)
+        return Site(site.role, site.stack, site.layer, site.module, SPANS[site.role],
+                    heads.hidden, heads.hidden, input=reads, attention=shape)
 
     def _attention(self, site: Site, place: Place, prefix: str, heads: _Heads) -> AttentionShape:
         interface = site.module
@@ -208,8 +244,10 @@ class _Reader:
         fallback = site.role == "attention" and site.stack == "decoder"
         module = self.modules[interface or site.module]
         causal = getattr(module, "is_causal", fallback)
+        cache = place.cache
+        taken = cache and CacheArgument(cache.argument, tuple(cache.pad.items()), cache.windows)
         return AttentionShape(heads.heads, heads.key_value_heads, heads.width, interface,
-                              bool(causal))
+                              bool(causal), taken, place.form)
 
     def _slice(self, site: Site, role: Role, heads: _Heads) -> Site:
         rule = choose(role.place.rows, self.model.config)
@@ -247,19 +285,25 @@ class _Reader:
         return 0
 
     def _heads(self, stack: Stack) -> _Heads:
-        heads = int(self._attribute(stack.heads))
-        config = self.model.config
-        width = self._attribute(stack.head_width) if stack.head_width else None
-        width = width or getattr(config, "head_dim", None) or self.hidden // heads
+        heads = int(self._attribute(stack, stack.heads))
+        config = self._config(stack)
+        hidden = self._attribute(stack, "hidden_size")
+        width = self._attribute(stack, stack.head_width) if stack.head_width else None
+        width = width or getattr(config, "head_dim", None) or hidden // heads
         groups = choose(stack.key_value_heads, config)
         if groups is None:
             groups = getattr(config, "num_key_value_heads", None) or heads
         elif isinstance(groups, str):
-            groups = self._attribute(groups)
-        return _Heads(heads, int(groups), int(width))
+            groups = self._attribute(stack, groups)
+        return _Heads(heads, int(groups), int(width), hidden)
 
-    def _attribute(self, name: str) -> int:
-        value = getattr(self.model.config, name, None)
+    def _config(self, stack: Stack) -> object:
+        """The configuration of a stack: its own one, or the model's."""
+        whole = self.model.config
+        return getattr(whole, stack.config, whole) if stack.config else whole
+
+    def _attribute(self, stack: Stack, name: str) -> int:
+        value = getattr(self._config(stack), name, None)
         if not isinstance(value, int):
             raise self._misfit(f"its configuration has no number {name!r}")
         return value
