@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
-.PHONY: help demo test test-slow check lint types imports specs nightly bench clean
+.PHONY: help demo test test-slow check lint types imports specs kernels-aot gpu-check nightly bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -3
@@ -59,7 +59,16 @@ imports: $(VENV)/.dev
 specs: $(VENV)/.dev
 	$(BIN)/peftref check --backbone minilm $$(find specs compositions -name '*.yaml' | sort)
 
-check: lint types imports specs test
+# Every kernel compiled for GPUs that need not be there: registers, stack, spills, shared memory.
+kernels-aot: $(VENV)/.dev
+	env -u TRITON_INTERPRET $(BIN)/python -m tests.ops.ahead
+
+# On a machine with a GPU: numbers, memory errors, graph breaks, then time.
+gpu-check: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m gpu tests/ops
+	$(BIN)/python -m benchmarks
+
+check: lint types imports specs test kernels-aot
 
 nightly: $(VENV)/.nightly
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q -n 2 -m "not gpu"
