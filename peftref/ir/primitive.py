@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from peftref.spec.base import Frozen
 
@@ -22,11 +22,13 @@ __all__ = [
     "IDENTITY",
     "Algebra",
     "Arguments",
+    "Link",
     "Operation",
     "Place",
     "Primitive",
     "Runtime",
     "TensorSpec",
+    "identity_like",
 ]
 
 Operation = Callable[..., "Tensor"]
@@ -161,6 +163,28 @@ IDENTITY = Algebra(
 )
 
 
+def identity_like(tensor: Tensor, width: int) -> Tensor:
+    """The identity of a width, of the tensor's type and device."""
+    import torch
+
+    return torch.eye(width, dtype=tensor.dtype, device=tensor.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What a primitive is to an op that computes several links of a chain at once.
+
+    Attributes:
+        kind: ``product`` (h W^T), ``affine`` (h W^T + b), ``dropout`` (value: its p),
+            ``activation`` (value: its name), ``scale`` (v h), ``rotate`` (blocks on the diagonal,
+            which ``bind_operand`` makes) or ``norm`` (rows of the weight get trained norms).
+        value: the argument that the op must know.
+    """
+
+    kind: Literal["product", "affine", "dropout", "activation", "scale", "rotate", "norm"]
+    value: float | str = ""
+
+
 class Runtime(Protocol):
     """What a torch form may ask of the forward call that runs it."""
 
@@ -224,14 +248,33 @@ class Primitive(ABC, Generic[A]):
         return 0
 
     @property
+    def link(self) -> Link | None:
+        """What an op may take it for; None: it runs by itself."""
+        return None
+
+    @property
     def is_product(self) -> bool:
         """Whether it is ``h W^T`` of its two inputs and nothing else."""
-        return False
+        return self.link is not None and self.link.kind == "product"
 
     @abstractmethod
     def bind(self, runtime: Runtime) -> Operation:
         """Return the activation form."""
 
+    def bind_operand(self) -> Operation:
+        """Return what makes of its tensors the one that the op of its link takes."""
+        raise NotImplementedError(f"{self.name} is no link that an op takes apart")
+
     def bind_matrix(self, runtime: Runtime) -> Operation:
-        """Return the matrix form; only called where ``algebra().matrix`` holds."""
-        raise NotImplementedError(f"{self.name} has no matrix form")
+        """Return the matrix form; only called where ``algebra().matrix`` holds.
+
+        By default the activation form of the columns, as is right for any linear map.
+        """
+        form, d_in = self.bind(runtime), self.place.d_in
+
+        def matrix(before: Tensor | None, *tensors: Tensor) -> Tensor:
+            if before is None:
+                before = identity_like(tensors[0], d_in)
+            return form(before.mT, *tensors).mT
+
+        return matrix

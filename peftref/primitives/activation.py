@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from peftref.ir.primitive import Algebra, Arguments, Operation, Primitive, Runtime
+from peftref.ir.primitive import Algebra, Arguments, Link, Operation, Primitive, Runtime
 from peftref.registry import primitives
 
 __all__ = ["Activation", "ActivationArguments"]
@@ -33,6 +33,10 @@ class Activation(Primitive[ActivationArguments]):
             identity_at_init=identity,
             keeps_zero=self.arguments.kind != "sigmoid",
         )
+
+    @property
+    def link(self) -> Link:
+        return Link("activation", self.arguments.kind)
 
     def flops(self) -> int:
         return self.place.d_in

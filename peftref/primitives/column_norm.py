@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftref.ir.primitive import Algebra, Arguments, Operation, Primitive, Runtime, TensorSpec
+from peftref.ir.primitive import Algebra, Arguments, Link, Operation, Primitive, Runtime, TensorSpec
 from peftref.registry import primitives
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ class ColumnNorm(Primitive[Arguments]):
 
     def algebra(self) -> Algebra:
         return Algebra(identity_at_init=True, matrix=True, stream=False)
+
+    @property
+    def link(self) -> Link:
+        return Link("norm")
 
     def matrix_flops(self) -> int:
         return 3 * self.place.port_shape[0] * self.place.port_shape[1]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from peftref.ir.primitive import Algebra, Arguments, Operation, Primitive, Runtime
+from peftref.ir.primitive import Algebra, Arguments, Link, Operation, Primitive, Runtime
 from peftref.registry import primitives
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ class Dropout(Primitive[DropoutArguments]):
             keeps_zero=True,
             random=not off,
         )
+
+    @property
+    def link(self) -> Link:
+        return Link("dropout", self.arguments.p)
 
     def bind(self, runtime: Runtime) -> Operation:
         from torch.nn.functional import dropout

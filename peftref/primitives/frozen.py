@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from peftref.ir.primitive import Algebra, Arguments, Operation, Primitive, Runtime, TensorSpec
+from dataclasses import replace
+
+from peftref.ir.primitive import Algebra, Arguments, Link, Operation, Primitive, Runtime, TensorSpec
 from peftref.registry import primitives
 
 __all__ = ["Frozen", "FrozenArguments"]
 
 
 class FrozenArguments(Arguments):
-    """``share``: one tensor of the largest shape for the model, its leading corner used."""
+    """``share``: one tensor of the largest shape for the model, its leading corner used.
+
+    ``seed`` none: the adapter's, so that every site has its own. What starts at values of the
+    backbone has no seed, and is stored.
+    """
 
     out: int | None = None
     init: str = "kaiming_uniform"
-    seed: int = 0
+    seed: int | None = 0
     share: str | None = None
 
 
@@ -30,24 +36,23 @@ class Frozen(Primitive[FrozenArguments]):
 
     def tensors(self) -> tuple[TensorSpec, ...]:
         a = self.arguments
-        return (
-            TensorSpec(
-                f"{self.label}.weight",
-                (self.width, self.place.d_in),
-                a.init,
-                trainable=False,
-                seed=a.seed,
-                share=a.share,
-                sliced=a.share is not None,
-            ),
+        spec = TensorSpec(
+            f"{self.label}.weight",
+            (self.width, self.place.d_in),
+            a.init,
+            trainable=False,
+            seed=a.seed,
+            share=a.share,
+            sliced=a.share is not None,
         )
+        return (replace(spec, buffer=spec.from_backbone),)
 
     def algebra(self) -> Algebra:
         return Algebra(linear=True, matrix=True, keeps_zero=True)
 
     @property
-    def is_product(self) -> bool:
-        return True
+    def link(self) -> Link:
+        return Link("product")
 
     def flops(self) -> int:
         return 2 * self.place.d_in * self.width

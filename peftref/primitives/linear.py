@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from peftref.ir.primitive import Algebra, Arguments, Operation, Primitive, Runtime, TensorSpec
+from peftref.ir.primitive import Algebra, Arguments, Link, Operation, Primitive, Runtime, TensorSpec
 from peftref.registry import primitives
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ class Linear(Primitive[LinearArguments]):
         )
 
     @property
-    def is_product(self) -> bool:
-        return not self.arguments.bias
+    def link(self) -> Link:
+        return Link("affine" if self.arguments.bias else "product")
 
     def flops(self) -> int:
         return 2 * self.place.d_in * self.width

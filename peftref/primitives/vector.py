@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftref.ir.primitive import Algebra, Arguments, Operation, Primitive, Runtime, TensorSpec
+from peftref.ir.primitive import Algebra, Arguments, Link, Operation, Primitive, Runtime, TensorSpec
 from peftref.registry import primitives
 
 if TYPE_CHECKING:
@@ -14,22 +14,30 @@ __all__ = ["Vector", "VectorArguments"]
 
 
 class VectorArguments(Arguments):
-    """``init``: ones leave the stream as it is; ``share``: one vector for all sites."""
+    """``init``: ones leave the stream as it is; ``share``: one vector for all sites.
+
+    ``scalar``: one number for all entries; ``trainable`` false: it stays as it starts.
+    """
 
     init: str = "ones"
     share: str | None = None
+    scalar: bool = False
+    trainable: bool = True
 
 
 @primitives.register("vector")
 class Vector(Primitive[VectorArguments]):
-    """``f(x) = v * x`` with trained ``v`` (d)."""
+    """``f(x) = v * x`` with ``v`` (d), or (1)."""
 
     name = "vector"
     Arguments = VectorArguments
 
     def tensors(self) -> tuple[TensorSpec, ...]:
         a = self.arguments
-        return (TensorSpec(self.label, (self.place.d_in,), a.init, share=a.share),)
+        shape = (1,) if a.scalar else (self.place.d_in,)
+        # A frozen vector is stored: it may start at values of a backbone that changes later.
+        held = {"trainable": a.trainable, "buffer": not a.trainable}
+        return (TensorSpec(self.label, shape, a.init, share=a.share, **held),)
 
     def algebra(self) -> Algebra:
         return Algebra(
@@ -40,6 +48,10 @@ class Vector(Primitive[VectorArguments]):
             identity_at_init=self.arguments.init == "ones",
             keeps_zero=True,
         )
+
+    @property
+    def link(self) -> Link | None:
+        return None if self.arguments.scalar else Link("scale")
 
     def flops(self) -> int:
         return self.place.d_in
@@ -52,7 +64,11 @@ class Vector(Primitive[VectorArguments]):
     def bind_matrix(self, runtime: Runtime) -> Operation:
         import torch
 
+        width = self.place.d_in
+
         def matrix(before: Tensor | None, vector: Tensor) -> Tensor:
-            return torch.diag(vector) if before is None else vector[:, None] * before
+            if before is None:
+                return torch.diag(vector.expand(width))
+            return vector[:, None] * before
 
         return matrix
