@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -45,6 +45,7 @@ class Adapted:
         self.handled = False
         self._attachment: Attachment | None = attachment
         self._prepared: set[int] = set()
+        self._resting: frozenset[str] = frozenset()
         self.procedures: tuple[Procedure[Any], ...] = tuple(
             _procedure(spec.name, spec.arguments) for spec in attachment.plan.procedures
         )
@@ -68,12 +69,27 @@ class Adapted:
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Trained tensors of the adapter by full name."""
+        """Trained tensors of the adapter by full name, those that rest included."""
         return {
             name: tensor
             for name, tensor in self.tensors().items()
-            if isinstance(tensor, nn.Parameter) and tensor.requires_grad
+            if isinstance(tensor, nn.Parameter)
+            and (tensor.requires_grad or name in self._resting)
         }
+
+    @property
+    def members(self) -> dict[str, str]:
+        """The member that each tensor belongs to, by the tensor's name."""
+        return {tensor.name: tensor.member for tensor in self.plan.tensors}
+
+    def rest(self, names: Collection[str]) -> None:
+        """Let these trained tensors (of adapter and head) have no gradient; all others have one."""
+        known = {**self.trainable, **self.head}
+        self._resting = frozenset(names)
+        for name, parameter in known.items():
+            parameter.requires_grad_(name not in self._resting)
+            if name in self._resting:
+                parameter.grad = None
 
     @property
     def head(self) -> dict[str, nn.Parameter]:
@@ -84,7 +100,7 @@ class Adapted:
             for name, parameter in self.model.named_parameters()
             if any(name.startswith(f"{head}.") or name == head for head in heads)
             and f".{CHILD}." not in f".{name}"
-            and parameter.requires_grad
+            and (parameter.requires_grad or name in self._resting)
         }
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -194,15 +210,29 @@ class Adapted:
             batches: mappings of tensors on the model's device, with labels.
         """
         held = list(batches) if any(p.needs_data for p in self.procedures) else []
+        with self._unchecked() as forward:
+            for index, procedure in enumerate(self.procedures):
+                if index not in self._prepared:
+                    procedure.setup(self, held, forward)
+                    self._prepared.add(index)
+
+    def begin_phase(self, phase: str, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Tell the procedures that a phase begins; ``batches`` as for ``prepare``."""
+        needed = any(p.needs_data_at(phase) for p in self.procedures)
+        held = list(batches) if needed else []
+        with self._unchecked() as forward:
+            for procedure in self.procedures:
+                procedure.before_phase(self, phase, held, forward)
+
+    @contextmanager
+    def _unchecked(self) -> Iterator[Callable[[Mapping[str, Any]], Tensor]]:
+        """Give the loss of a batch outside training, whatever is still to be prepared."""
         training = self.model.training
         self.model.eval()
         root = self.root()
         checks, root.guard.checks = root.guard.checks, {}
         try:
-            for index, procedure in enumerate(self.procedures):
-                if index not in self._prepared:
-                    procedure.setup(self, held, lambda batch: self.model(**batch).loss)
-                    self._prepared.add(index)
+            yield lambda batch: self.model(**batch).loss
         finally:
             root.guard.checks = checks
             self.model.train(training)
@@ -305,6 +335,7 @@ class Adapted:
     def detach(self) -> nn.Module:
         """Remove the adapter; the backbone is bit for bit what it was. Returns the model."""
         attachment = self.attached()
+        self.rest(())
         unmerge_modules(self.model, attachment)
         root = root_state(self.model)
         if root is not None:

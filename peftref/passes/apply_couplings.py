@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from peftref.ir.graph import AdapterGraph
-from peftref.passes.base import Library, wrong_argument
+from peftref.passes.base import Library, make_procedure, wrong_argument
 
 __all__ = ["ApplyCouplings"]
 
@@ -32,4 +32,7 @@ class ApplyCouplings:
         for member in graph.composition.members:
             graph.procedures.extend(member.technique.procedures)
         graph.procedures.extend(graph.composition.procedures)
+        made = [make_procedure(spec, self.library) for spec in graph.procedures]
+        for procedure in made:
+            procedure.check(everyone, made)
         return "; ".join(done) or "none"

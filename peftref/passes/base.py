@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -38,6 +38,10 @@ class ProcedureFacts(Protocol):
     @property
     def needs_data(self) -> bool:
         """Whether it must see batches before the first step."""
+        ...
+
+    def check(self, members: Sequence[str], others: Sequence[Any]) -> None:
+        """Refuse a composition that it does not fit."""
         ...
 
 

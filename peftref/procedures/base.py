@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from peftref.spec.base import Frozen
@@ -11,7 +12,7 @@ from peftref.spec.base import Frozen
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Adapter", "Procedure", "ProcedureArguments"]
+__all__ = ["Adapter", "Phase", "Procedure", "ProcedureArguments"]
 
 
 class ProcedureArguments(Frozen):
@@ -19,6 +20,21 @@ class ProcedureArguments(Frozen):
 
 
 A = TypeVar("A", bound=ProcedureArguments)
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A part of training; optimiser and schedule start afresh at its first step.
+
+    Attributes:
+        name: as the specification names it.
+        start: steps that were done before it.
+        rate: what the learning rate is multiplied by.
+    """
+
+    name: str
+    start: int
+    rate: float = 1.0
 
 
 class Adapter(Protocol):
@@ -31,6 +47,25 @@ class Adapter(Protocol):
 
     def tensors(self, members: tuple[str, ...] = ()) -> Mapping[str, Tensor]:
         """Adapter tensors by name, of the named members or of all."""
+        ...
+
+    @property
+    def trainable(self) -> Mapping[str, nn.Parameter]:
+        """Trained tensors by name, those that rest included."""
+        ...
+
+    @property
+    def head(self) -> Mapping[str, nn.Parameter]:
+        """Trained tensors of the task head by name, those that rest included."""
+        ...
+
+    @property
+    def members(self) -> Mapping[str, str]:
+        """The member that each tensor belongs to, by the tensor's name."""
+        ...
+
+    def rest(self, names: Collection[str]) -> None:
+        """Let these trained tensors have no gradient; all others have one."""
         ...
 
 
@@ -58,6 +93,18 @@ class Procedure(ABC, Generic[A]):
         """Whether training must call it while it runs (and not only ``setup``)."""
         return True
 
+    @property
+    def batches(self) -> int:
+        """How many batches ``setup`` or ``before_phase`` sees at most."""
+        return 8
+
+    def check(self, members: Sequence[str], others: Sequence[Procedure[Any]]) -> None:
+        """Refuse a composition, given as the names of its members, that it does not fit.
+
+        Raises:
+            CompositionError: what it names is not there.
+        """
+
     def setup(
         self,
         adapter: Adapter,
@@ -65,6 +112,23 @@ class Procedure(ABC, Generic[A]):
         forward: Callable[[Mapping[str, Any]], Tensor],
     ) -> None:
         """Before the first step; ``forward`` gives the loss of a batch."""
+
+    def phases(self, total: int) -> tuple[Phase, ...]:
+        """The parts of a training of ``total`` steps, the first from step 0; none: one part."""
+        return ()
+
+    def needs_data_at(self, phase: str) -> bool:
+        """Whether ``before_phase`` must see batches."""
+        return False
+
+    def before_phase(
+        self,
+        adapter: Adapter,
+        phase: str,
+        batches: Iterable[Mapping[str, Any]],
+        forward: Callable[[Mapping[str, Any]], Tensor],
+    ) -> None:
+        """Before the first step of a phase, and before ``before_step`` of that step."""
 
     def loss(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Tensor | None:  # noqa: ANN401
         """Return what to add to the loss of a step."""

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from peftref.errors import Mark, SpecError, unknown_name
 from peftref.spec.catalogue import Entry, entries, read_template
 from peftref.spec.composition import (
@@ -29,6 +31,7 @@ __all__ = ["Assembly", "Built"]
 
 Given = dict[str, Node]
 DEEPEST_USE = 24
+_NAMES_MEMBERS = ("members", "train", "rewind")
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +207,10 @@ class _Joint:
             targets = coupling.members or tuple(names)
             renamed = tuple(names[name] for name in targets)
             self.couplings.append(coupling.model_copy(update={"members": renamed}))
-        self.procedures += [p for p in spec.procedures if p not in self.procedures]
+        for procedure in spec.procedures:
+            renamed = _renamed_in(procedure, names)
+            if renamed not in self.procedures:
+                self.procedures.append(renamed)
         self.groups[label] = tuple(names.values())
         skip = set(hidden)
         self.parameters |= {f"{label}.{key}": parameter
@@ -268,6 +274,23 @@ def _free(name: str, taken: Iterable[str]) -> str:
         count += 1
         free = f"{name}_{count}"
     return free
+
+
+def _renamed_in(procedure: ProcedureSpec, names: Mapping[str, str]) -> ProcedureSpec:
+    """Return a procedure that calls members by their new names, wherever a list names them."""
+
+    def renamed(value: JsonValue, key: str) -> JsonValue:
+        if isinstance(value, dict):
+            return {inner: renamed(item, inner) for inner, item in value.items()}
+        if isinstance(value, list):
+            return [renamed(item, key) for item in value]
+        if isinstance(value, str) and key in _NAMES_MEMBERS:
+            member, colon, rest = value.partition(":")
+            return f"{names.get(member, member)}{colon}{rest}"
+        return value
+
+    arguments = {key: renamed(value, key) for key, value in procedure.arguments.items()}
+    return procedure.model_copy(update={"arguments": arguments})
 
 
 def _with_defaults(parameters: Mapping[str, Parameter],

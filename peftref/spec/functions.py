@@ -91,14 +91,17 @@ def _prefixed(function: Node, label: str) -> Node:
 
 
 def canonical_entry(node: Node, *, with_members: bool) -> Node:
-    """Return ``{name, arguments, mark}`` (couplings: and ``members``) for ``{name: {...}}``."""
+    """Return ``{name, arguments, mark}`` (couplings: and ``members``) for ``{name: {...}}``.
+
+    The list of ``{name: [...]}`` is the argument of the procedure's own name.
+    """
     resolved = node.is_mapping and "name" in node.value
     if resolved:
         return node.replaced({**node.value, "mark": Node(node.mark)})
     name, body = _named(node)
-    if not body.is_mapping:
+    if not body.is_mapping and with_members:
         raise SpecError(f"{name!r} takes a mapping of arguments", mark=body.mark)
-    arguments: Mapping[str, Node] = body.value
+    arguments: Mapping[str, Node] = dict(body.value) if body.is_mapping else {name: body}
     content = {"name": Node(name, node.mark), "mark": Node(node.mark)}
     if with_members:
         content["members"] = arguments.get("members", node_of((), body.mark))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import Field, model_serializer, model_validator
+from pydantic import Field, JsonValue, model_serializer, model_validator
 
 from peftref.errors import Mark
 from peftref.spec.base import Frozen, Scalar
@@ -157,10 +157,14 @@ class LearningRate(Frozen):
 
 
 class ProcedureSpec(Frozen):
-    """What happens over training time, by registered name."""
+    """What happens over training time, by registered name.
+
+    Written ``name``, ``{name: {argument: value}}``, or ``{name: [...]}`` where the procedure has
+    an argument of its own name.
+    """
 
     name: str
-    arguments: Mapping[str, Scalar] = Field(default_factory=dict)
+    arguments: Mapping[str, JsonValue] = Field(default_factory=dict)
     mark: Mark | None = Field(default=None, exclude=True, repr=False)
 
     @model_validator(mode="before")
@@ -170,7 +174,8 @@ class ProcedureSpec(Frozen):
             return {"name": value}
         if isinstance(value, dict) and "name" not in value and len(value) == 1:
             (name, body), = value.items()
-            return {"name": name, "arguments": dict(body or {})}
+            body = {name: list(body)} if isinstance(body, list | tuple) else dict(body or {})
+            return {"name": name, "arguments": body}
         return value
 
     def __eq__(self, other: object) -> bool:

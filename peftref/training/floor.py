@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class HeadOnly:
     name = "none"
     trainable: Mapping[str, nn.Parameter] = {}
     procedures: tuple[Any, ...] = ()
+    members: Mapping[str, str] = {}
 
     def __init__(self, model: PreTrainedModel, head_modules: Iterable[str]) -> None:
         self.model = model
@@ -86,6 +87,12 @@ class HeadOnly:
 
     def prepare(self, batches: Iterable[Any]) -> None:
         """Do nothing: there is no procedure."""
+
+    def begin_phase(self, phase: str, batches: Iterable[Any]) -> None:
+        """Do nothing: there is no procedure."""
+
+    def rest(self, names: Collection[str]) -> None:
+        """Do nothing: the head alone trains."""
 
     def detach(self) -> None:
         """Let parameters train as they did before."""

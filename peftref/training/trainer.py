@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -21,13 +21,13 @@ from transformers import Trainer, TrainerCallback
 
 from peftref.errors import TrainingError
 from peftref.lowering.attach import root_state
-from peftref.procedures.base import Procedure
+from peftref.procedures.base import Phase, Procedure
+from peftref.training.schedule import joined_schedule
 
 __all__ = ["Trained", "last_checkpoint", "trainer"]
 
 WEIGHTS = "model.safetensors"  # the name that the stock resume looks for
 STATE = "trainer_state.json"  # the last file that a checkpoint gets
-SETUP_BATCHES = 8
 
 T = TypeVar("T", bound=Trainer)
 _CLASSES: dict[type, type] = {}
@@ -46,6 +46,9 @@ class Trained(Protocol):
     @property
     def head(self) -> Mapping[str, nn.Parameter]: ...
     @property
+    def members(self) -> Mapping[str, str]: ...
+    def rest(self, names: Collection[str]) -> None: ...
+    @property
     def procedures(self) -> Sequence[Procedure[Any]]: ...
     def parameter_groups(
         self, lr: float | None = None, weight_decay: float = 0.0
@@ -53,6 +56,7 @@ class Trained(Protocol):
     def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
     def prepare(self, batches: Iterable[Mapping[str, Any]]) -> None: ...
+    def begin_phase(self, phase: str, batches: Iterable[Mapping[str, Any]]) -> None: ...
     def detach(self) -> Any: ...
 
 
@@ -70,16 +74,23 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 class Moments(TrainerCallback):
-    """Calls the procedures of a composition at the moments of a step."""
+    """Calls the procedures of a composition at the moments of a step.
 
-    def __init__(self, adapted: Trained) -> None:
+    Args:
+        adapted: what is trained.
+        begin: told of every step before the procedures are; begins phases.
+    """
+
+    def __init__(self, adapted: Trained, begin: Callable[[int, int], None]) -> None:
         self.adapted = adapted
+        self.begin = begin
 
     def _each(self, moment: str, state: Any) -> None:
         for procedure in self.adapted.procedures:
             getattr(procedure, moment)(self.adapted, state.global_step, state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin(state.global_step, state.max_steps)
         self._each("before_step", state)
 
     def on_pre_optimizer_step(
@@ -153,7 +164,7 @@ class AdaptedTraining(Trainer):
             # Classification heads take any keyword but average over the micro-batch, so the
             # sum over micro-batches has to be divided by their number.
             self.model_accepts_loss_kwargs = False
-        self.add_callback(Moments(adapted))
+        self.add_callback(Moments(adapted, self._begin_phase))
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Build the optimiser from the composition's parameter groups."""
@@ -186,6 +197,32 @@ class AdaptedTraining(Trainer):
                 f"{len(lost)} trainable parameters belong neither to the composition nor to the "
                 f"task head and would not be trained: {', '.join(lost[:3])}. Freeze them"
             )
+
+    def _phases(self, total: int) -> tuple[Phase, ...]:
+        found = (procedure.phases(total) for procedure in self.adapted.procedures)
+        return next((phases for phases in found if phases), ())
+
+    def _begin_phase(self, step: int, total: int) -> None:
+        """Begin the phase whose first step this is; its optimiser knows nothing of before."""
+        for phase in self._phases(total):
+            if phase.start == step:
+                self.optimizer.state.clear()
+                self._show_batches(lambda batches, name=phase.name:
+                                   self.adapted.begin_phase(name, batches))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Build the schedule; with phases, one for each of them after the other."""
+        phases = self._phases(num_training_steps)
+        if not phases or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        ends = [*(phase.start for phase in phases[1:]), num_training_steps]
+        parts: list[Any] = []
+        for phase, end in zip(phases, ends, strict=True):
+            self.lr_scheduler = None
+            parts.append(super().create_scheduler(end - phase.start, optimizer))
+        self.lr_scheduler = joined_schedule(optimizer, phases, parts)
+        return self.lr_scheduler
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -230,17 +267,20 @@ class AdaptedTraining(Trainer):
                 raise TrainingError(f"{folder}: no complete checkpoint to resume from")
             resume_from_checkpoint = str(found)
         if not resume_from_checkpoint and self.adapted.procedures:
-            self._prepare_procedures()
+            self._show_batches(self.adapted.prepare)
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
-    def _prepare_procedures(self) -> None:
-        """Show the procedures the first batches, without moving any random stream."""
+    def _show_batches(self, show: Callable[[Iterable[Mapping[str, Any]]], None]) -> None:
+        """Show the first batches of an epoch, without moving any random stream."""
+        count = max(procedure.batches for procedure in self.adapted.procedures)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
+
+        def batches() -> Iterator[Mapping[str, Any]]:
+            for batch in islice(self.get_train_dataloader(), count):
+                yield dict(self._prepare_inputs(batch))
+
         with torch.random.fork_rng(devices=devices):
-            self.adapted.prepare(
-                dict(self._prepare_inputs(batch))
-                for batch in islice(self.get_train_dataloader(), SETUP_BATCHES)
-            )
+            show(batches())
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write adapter and head alone; sharded training keeps the base's own way."""

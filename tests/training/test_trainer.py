@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 import peftref
 from peftref.errors import TrainingError
+from peftref.procedures.base import Procedure, ProcedureArguments
 from peftref.training.backbone import TaskHead, load_backbone
 from peftref.training.encode import Collator
 from peftref.training.trainer import last_checkpoint
@@ -88,13 +89,17 @@ def test_accumulated_micro_batches_are_one_batch(folder: Path, tmp_path: Path) -
         torch.testing.assert_close(values(parts)[name], value, rtol=1e-4, atol=1e-6)
 
 
-class Penalty:
+class Penalty(Procedure[ProcedureArguments]):
     """A procedure that pulls every adapter tensor to zero, and counts its moments."""
 
     name = "penalty"
-    needs_data = per_step = required = True
+
+    @property
+    def needs_data(self) -> bool:
+        return True
 
     def __init__(self, weight: float) -> None:
+        super().__init__(ProcedureArguments())
         self.weight = weight
         self.moments: list[str] = []
         self.state: dict[str, Any] = {"seen": 0, "tensor": torch.zeros(2)}
