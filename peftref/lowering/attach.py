@@ -14,6 +14,7 @@ from peftref.errors import BackboneError
 from peftref.ir.edits import EditPlan
 from peftref.ir.plan import Plan, PlannedTensor
 from peftref.ir.types import Stage
+from peftref.lowering.fold import Slot
 from peftref.lowering.initialise import initial_tensor
 from peftref.lowering.original import original_class
 from peftref.lowering.prefix import interface_name, register_interface
@@ -139,6 +140,9 @@ def _swap_module(
         if edit.write.site.kind is not SiteKind.LINEAR:
             substitutes |= {"weight"} if edit.stage.on_weight else set()
             substitutes |= {"bias"} if edit.stage is Stage.BIAS else set()
+        shape = edit.write.site.attention
+        if edit.stage is Stage.KEYS_VALUES and shape is not None and shape.cache is not None:
+            substitutes |= {shape.cache.windows} if shape.cache.windows else set()
     state = swap(module, path, root.context, tuple(substitutes))
     state.__dict__["root"] = root
     attachment.modules[path] = module
@@ -157,16 +161,24 @@ def _needs_carrier(edit: EditPlan) -> bool:
 def _swap_carrier(
     model: nn.Module, root: RootState, attachment: Attachment, edit: EditPlan
 ) -> None:
-    """The enclosing module hands the span's input in with its first argument."""
+    """Let the span's input reach the module that ends it.
+
+    An enclosing module hands it in with its first argument; one beside it leaves it in a slot.
+    """
     argument = edit.write.site.input
     if argument is None:
         return
     carrier = model.get_submodule(argument.module)
     state = swap(carrier, argument.module, root.context)
     state.__dict__["root"] = root
-    if state.carries not in (None, argument.name):
+    if not edit.write.path.startswith(f"{argument.module}."):
+        end = state_of(attachment.modules[edit.write.path])
+        end.takes = end.takes or Slot()
+        state.puts[edit.write.path] = end.takes
+    elif state.carries in (None, argument.name):
+        state.carries = argument.name
+    else:
         raise BackboneError(f"{argument.module}: hands in {state.carries!r} already")
-    state.carries = argument.name
     state.adapters.setdefault(attachment.name, AdapterEdits((), ()))
     state.carriers.add(attachment.name)
     state.changed()
@@ -233,7 +245,8 @@ def _freeze(model: nn.Module, root: RootState, attachment: Attachment) -> None:
 
 def _switch_attention(model: nn.Module, root: RootState, attachment: Attachment) -> None:
     """Use the prefix form of each attention implementation that a prefix meets."""
-    edits = [e for m in attachment.plan.modules for e in m.edits if e.stage is Stage.KEYS_VALUES]
+    edits = [e for m in attachment.plan.modules for e in m.edits
+             if e.stage is Stage.KEYS_VALUES and _by_interface(e)]
     if not edits:
         return
     configs: dict[int, Any] = {}
@@ -257,6 +270,11 @@ def _switch_attention(model: nn.Module, root: RootState, attachment: Attachment)
         register_interface(before)
         root.implementations.append((config, before))
         config._attn_implementation_internal = interface_name(before)
+
+
+def _by_interface(edit: EditPlan) -> bool:
+    shape = edit.write.site.attention
+    return shape is not None and shape.calls_interface
 
 
 def _carry_masks(model: nn.Module, root: RootState, attachment: Attachment) -> None:

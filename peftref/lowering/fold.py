@@ -25,7 +25,7 @@ from peftref.lowering.weight import dense_weight, is_plain_linear
 from peftref.passes.check_rules import overlap
 from peftref.spec.typology import Port
 
-__all__ = ["Carried", "Fold"]
+__all__ = ["Carried", "Fold", "Slot"]
 
 Base = Callable[..., Any]
 
@@ -38,6 +38,24 @@ class Carried:
     read: Tensor
 
 
+@dataclass(slots=True)
+class Slot:
+    """What the first linear of a sub-layer read, until the last one of the same call takes it.
+
+    Only where a sub-layer is neither a module nor handed its input as an argument (OPT, BART).
+    """
+
+    value: Tensor | None = None
+
+    def take(self) -> Tensor | None:
+        """Give the tensor away: nothing is held between calls."""
+        value, self.value = self.value, None
+        return value
+
+    def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
+        return Slot, ()  # what a failed call left behind is no part of a copy
+
+
 class Fold:
     """The active edits of one module, ready to run.
 
@@ -46,6 +64,8 @@ class Fold:
         edits: in the order of the plan, of all active adapters.
         argument: name of the first parameter of the module's forward.
         carries: name of the argument that this module hands in to the module it encloses.
+        puts: where to leave what this module reads, for the end of the sub-layer that it begins.
+        takes: where to find what the begin of the sub-layer that ends here has read.
     """
 
     def __init__(
@@ -54,9 +74,13 @@ class Fold:
         edits: list[BoundEdit],
         argument: str,
         carries: str | None = None,
+        puts: tuple[Slot, ...] = (),
+        takes: Slot | None = None,
     ) -> None:
         self.argument = argument
         self.carries = carries
+        self.puts, self.takes = puts, takes
+        self.prefix_rows = 0
         own = [e for e in edits if not _is_span(e)]
         self.linear = any(e.edit.write.site.kind is SiteKind.LINEAR for e in own)
         self.inputs = [e for e in own if e.stage is Stage.INPUT]
@@ -88,10 +112,15 @@ class Fold:
         carried = None
         if isinstance(x, Carried):
             x, carried = x.value, x.read
+        for slot in self.puts:
+            slot.value = x
+        prefix = None
         if self.prefixes:
-            from peftref.lowering.prefix import build_prefix
+            from peftref.lowering.prefix import insert_prefix, own_forward
 
-            kwargs["peftref"] = build_prefix(self.prefixes, x)
+            base = own_forward(self.prefixes) or base
+            prefix, rest, kwargs = insert_prefix(module, self.prefixes, x, rest, kwargs)
+            self.prefix_rows = prefix.keys.shape[2]
 
         def call(stream: Tensor) -> Any:  # noqa: ANN401 - whatever the module returns
             if self.carries is not None:
@@ -108,7 +137,12 @@ class Fold:
             slices = {rows: self._edited(module, call, edit, s) for rows, s in slices.items()}
             x = self._edited(module, call, edit, x)
         result = self._weighted(module, call, x)
+        if prefix is not None:
+            from peftref.lowering.prefix import refuse_unused
+
+            refuse_unused(prefix, self.prefixes)
         y = self._sliced(module, x, slices, _first(result))
+        carried = carried if self.takes is None else self.takes.take()
         return _replace_first(result, self._after(x, y, carried))
 
     def _edited(
@@ -246,6 +280,9 @@ class Fold:
 
     def effective(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of a module that is no linear, with its trained difference."""
+        if any(name == _windows(e) for e in self.prefixes):
+            # Every query sees the prefix, however narrow the window of its layer is.
+            return torch.nn.functional.pad(tensor, (self.prefix_rows, 0) * 2, value=True)
         edits = self.biases if name == "bias" else [
             e for e in self.weights if e.stage is Stage.WEIGHT_ADD
         ]
@@ -267,6 +304,11 @@ def _refuse_two_norms(norms: list[BoundEdit]) -> None:
 def _is_narrow(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     return weight is None or weight.dtype not in (torch.float32, torch.float64)
+
+
+def _windows(edit: BoundEdit) -> str | None:
+    shape = edit.edit.write.site.attention
+    return shape.cache.windows if shape is not None and shape.cache is not None else None
 
 
 def _is_span(edit: BoundEdit) -> bool:

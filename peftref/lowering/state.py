@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftref.errors import BackboneError
 from peftref.ir.edits import EditPlan
-from peftref.lowering.fold import Fold
+from peftref.lowering.fold import Fold, Slot
 from peftref.lowering.program import BoundEdit
 
 __all__ = ["CHILD", "AdapterState", "CallContext", "TensorTree", "settled"]
@@ -80,6 +80,8 @@ class AdapterState(nn.Module):
         self.adapters: dict[str, AdapterEdits] = {}
         self.carries: str | None = None
         self.carriers: set[str] = set()
+        self.puts: dict[str, Slot] = {}
+        self.takes: Slot | None = None
         self.masked_block = False
         self._fold: Fold | None = None
         self._stale = True
@@ -117,8 +119,10 @@ class AdapterState(nn.Module):
         if self._stale:
             bound = [edit for _, edit in self.bound()]
             carries = self.carries if self.carriers else None
+            puts = tuple(self.puts.values()) if self.carriers else ()
+            needed = bound or carries or puts or self.takes is not None
             self._fold = (
-                Fold(module, bound, self.argument, carries) if bound or carries else None
+                Fold(module, bound, self.argument, carries, puts, self.takes) if needed else None
             )
             self._stale = False
         return self._fold

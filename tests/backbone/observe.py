@@ -39,7 +39,7 @@ def argument(module: nn.Module, name: str | None, args: Args,
 
 def read_ports(model: PreTrainedModel, sites: Iterable[Site], batch: dict[str, Tensor]
                ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return by label the (input, output) of every site."""
+    """Return by label the (input, output) of every site, in its first call of the forward."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     with ExitStack() as hooks:
@@ -49,11 +49,13 @@ def read_ports(model: PreTrainedModel, sites: Iterable[Site], batch: dict[str, T
 
             def read(module: nn.Module, args: Args, kwargs: dict[str, Any], label: str = site.label,
                      name: str | None = place.name or None) -> None:
-                inputs[label] = argument(module, name, args, kwargs).detach().clone()
+                if label not in inputs:
+                    inputs[label] = argument(module, name, args, kwargs).detach().clone()
 
             def write(_module: nn.Module, _args: Args, result: object,
                       label: str = site.label) -> None:
-                outputs[label] = first(result).detach().clone()
+                if label not in outputs:
+                    outputs[label] = first(result).detach().clone()
 
             hooks.callback(source.register_forward_pre_hook(read, with_kwargs=True).remove)
             target = model.get_submodule(site.module)

@@ -73,7 +73,8 @@ def test_the_input_of_a_span_is_what_its_projections_read_and_the_stream_adds(
     for stack, count in table.layers.items():
         for i in range(count - 1):
             here, following = ports[f"{stack}.{i}.block"], ports[f"{stack}.{i + 1}.block"]
-            assert torch.equal(here[1], following[0])
+            if variant != "albert-groups":  # where a layer runs again before the next one
+                assert torch.equal(here[1], following[0])
         last = ports[f"{stack}.{count - 1}.block"][1]
         if table.pre_norm:
             assert torch.equal(ports[f"{stack}.norm.final"][0], last)

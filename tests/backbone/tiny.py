@@ -30,8 +30,8 @@ DECODERS = ("gpt2", "gpt_neox", "llama", "qwen3")
 FAMILIES = (*ENCODERS, *DECODERS, "t5")
 """A family of each kind, for what takes long; ``ALL`` is for what is quick."""
 ALL_DECODERS = (*DECODERS, *_MORE_DECODERS)
-ALL = (*FAMILIES, *_MORE_DECODERS)
 OTHERS = tuple(_MORE_ENCODERS)
+ALL = (*FAMILIES, *_MORE_DECODERS, *OTHERS)
 TWO_STACKS = ("t5", *PAIRS, *SPEECH)
 
 VOCABULARY = 97

@@ -41,5 +41,8 @@ SPEECH: dict[str, dict[str, object]] = {
                 "max_target_positions": 64, "suppress_tokens": None,
                 "begin_suppress_tokens": None},
 }
-IMAGES: dict[str, dict[str, object]] = {"deit": _IMAGE, "vit": _IMAGE}
+IMAGES: dict[str, dict[str, object]] = {
+    "deit": {**_IMAGE, "architectures": ["DeiTForImageClassification"]},
+    "vit": _IMAGE,
+}
 CONFIGS = {**TEXTS, **PAIRS, **SPEECH, **IMAGES}

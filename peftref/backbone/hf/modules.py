@@ -9,6 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 from peftref.backbone.site_table import ADDED, SiteKind
@@ -80,8 +84,13 @@ def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
     """Return the children outside the base model that are no LM head and have parameters.
 
     Some models (``T5ForQuestionAnswering``) are their own base model; there a head is a child
-    with parameters that the plain model of the same configuration does not have.
+    with parameters that the plain model of the same configuration does not have. A model made to
+    predict tokens has none: what stands before its LM head (ELECTRA, ModernBERT) is pretrained.
     """
+    name = type(model).__name__
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or (
+            name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()):
+        return ()
     output, base = model.get_output_embeddings(), model.base_model
     inside: set[str] = set()
     if base is model:

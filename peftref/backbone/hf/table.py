@@ -129,6 +129,7 @@ class _Reader:
         self.tied = owners(self.modules)
         self.pre_norm = choose(row.norms, model.config) == "pre"
         self.name = model.config.model_type
+        self.crosses = True
 
     def table(self) -> SiteTable:
         """Return the table; a stack that the model lacks altogether is left out."""
@@ -137,7 +138,8 @@ class _Reader:
         if not layers:
             tried = ", ".join(repr(self.prefix + s.layers) for s in self.row.stacks.values())
             raise self._misfit(f"it has no list of layers at {tried}")
-        stacks = {name: self.row.stacks[name] for name in layers}
+        stacks = {name: own for name, own in self.row.stacks.items() if name in layers}
+        self.crosses = "encoder" in layers  # a decoder alone has nothing to look across to
         sites = [site for name, own in layers.items()
                  for site in self._stack(name, stacks[name], own)]
         heads = head_modules(self.model)
@@ -197,6 +199,8 @@ class _Reader:
         self, roles: tuple[Role, ...], stack: str, layer: int | None, prefix: str, heads: _Heads
     ) -> Iterator[Site]:
         for role in roles:
+            if "cross_attention" in role.name.split(".") and not self.crosses:
+                continue
             path = self._find(role, prefix)
             if path is None:
                 continue
