@@ -13,9 +13,11 @@ from peftref.artifact import read
 from peftref.backbone.hf import site_table, weight_hash
 from peftref.backbone.site_table import SiteTable
 from peftref.errors import ArtifactError, PeftRefError
+from peftref.ir.device import DEVICES, Device, device_named
 from peftref.ir.graph import AdapterGraph
 from peftref.ir.plan import Plan
 from peftref.lowering.attach import attach_plan
+from peftref.lowering.placed import device_of
 from peftref.passes.base import Pipeline
 from peftref.passes.make_plan import make_plan
 from peftref.passes.pipelines import default_passes
@@ -46,7 +48,12 @@ class Registries:
 
 
 def compile(  # noqa: A001
-    spec: Source, model: PreTrainedModel, *, tokens: int = 1024, observe: Observer | None = None
+    spec: Source,
+    model: PreTrainedModel,
+    *,
+    tokens: int = 1024,
+    device: str | None = None,
+    observe: Observer | None = None,
 ) -> Plan:
     """Compile a technique or composition for a backbone, without touching it.
 
@@ -55,6 +62,8 @@ def compile(  # noqa: A001
         model: the backbone; it may be on the meta device. What is attached to it already is
             not seen.
         tokens: tokens a step, for the choice of lowering.
+        device: name of the device that the choice is made for (``cpu``, ``h100``, ``a100``);
+            None: the one that the model is on.
         observe: sees the name of each pass and the graph after it.
 
     Returns:
@@ -68,7 +77,11 @@ def compile(  # noqa: A001
     composition = load(spec)
     strict = any(m.site.module is None for t in composition.members for m in t.technique.modules)
     table = site_table(model, strict=strict)
-    return compile_table(composition, table, tokens=tokens, observe=observe)
+    where = device_of(model) if device is None else device_named(device)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return compile_table(
+        composition, table, tokens=tokens, device=where, dtype=dtype, observe=observe
+    )
 
 
 def compile_table(
@@ -76,12 +89,14 @@ def compile_table(
     table: SiteTable,
     *,
     tokens: int = 1024,
+    device: Device = DEVICES["cpu"],
+    dtype: str = "float32",
     observe: Observer | None = None,
 ) -> Plan:
     """Compile for a site table; needs no model and no torch."""
     library = Registries()
     graph = AdapterGraph(composition, table)
-    pipeline = Pipeline(default_passes(library, tokens), observe)
+    pipeline = Pipeline(default_passes(library, tokens, device, dtype), observe)
     pipeline.run(graph)
     return make_plan(graph, pipeline.records, library)
 

@@ -7,6 +7,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from peftref.backbone.site_table import Site
+from peftref.spec.selector import Positions
 from peftref.spec.technique import Expression
 from peftref.spec.typology import InsertionForm, IntegrationKind, Port
 
@@ -100,7 +101,11 @@ class WriteNode:
         stage: place in the fold; None until properties are derived.
         algebra: what holds for the function; None until properties are derived.
         form: how a weight edit is evaluated; None until a lowering is chosen.
+        why: what that choice was made from.
         accumulates: whether the last product of the function adds into the stream by itself.
+        op: name of the op that computes the function and joins it at once; empty: none does.
+        positions: the tokens at which it acts; None: all.
+        gated: whether the change is scaled by a gate, ``y + g (edit(y) - y)``.
     """
 
     member: str
@@ -117,7 +122,11 @@ class WriteNode:
     stage: Stage | None = None
     algebra: Algebra | None = None
     form: Form | None = None
+    why: str = ""
     accumulates: bool = False
+    op: str = ""
+    positions: Positions | None = None
+    gated: bool = False
 
     @property
     def path(self) -> str:
@@ -132,6 +141,8 @@ class WriteNode:
         """Whether it adds to a weight and has no activation form but its own matrix."""
         algebra = self.algebra
         no_stream = algebra is not None and (not algebra.stream or algebra.source)
+        if self.stage is Stage.PARALLEL:
+            return self.gated and (self.port is Port.WEIGHT or no_stream)
         return self.stage is Stage.WEIGHT_ADD and no_stream
 
     @property

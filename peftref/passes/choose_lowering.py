@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from peftref.errors import CompositionError
+from peftref.ir.device import DEVICES, Device
 from peftref.ir.graph import AdapterGraph
+from peftref.ir.pattern import chain_of
 from peftref.ir.types import Form, Stage, WriteNode
+from peftref.passes.check_rules import overlap
+from peftref.passes.price_forms import Priced, price_factored, price_formed
 
 __all__ = ["ChooseLowering"]
 
-_BACKWARD = 3  # forward and backward of a map cost about three forwards
+_NARROW = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
 class ChooseLowering:
     """One form for all weight edits of a module, the cheaper one for ``tokens`` tokens a step.
 
-    Case 1: some function rotates the input of a slice only: formed.
-    Case 2: some function draws random numbers (dropout): factored; formed is refused.
-    Case 3: else by multiply-adds. Forming costs the matrix and, in the backward pass, a whole
-    weight gradient (2 x tokens x d_in x d_out), which thin factors avoid.
-    A 16-bit weight is never formed for additions, whatever this says: small updates would be
-    rounded away (the fold decides that, as a plan knows no types).
+    Case 1: a slice's input is rotated, and the weight is edited otherwise too: formed.
+    Case 2: some function draws random numbers (dropout), or is gated: factored; formed is refused.
+    Case 3: the weight has 16 bits and is added to: factored, as small updates would be rounded
+    away. The fold looks at the weight itself too, as a plan may be attached to another type.
+    Case 4: else by the time of FLOPs and bytes (``ir/work.py``). A formed weight has, in the
+    backward pass, a whole weight gradient, which thin factors avoid.
     """
 
     tokens: int = 1024
+    device: Device = DEVICES["cpu"]
+    dtype: str = "float32"
+    force: Form | None = None
     name: str = "choose lowering"
 
     def run(self, graph: AdapterGraph) -> str:
@@ -34,39 +42,70 @@ class ChooseLowering:
             if write.stage is not None and write.stage.on_weight:
                 modules.setdefault(write.path, []).append((address, write))
         formed = 0
+        known: dict[object, tuple[Form, str]] = {}
         for writes in modules.values():
-            form = self._form(graph, writes)
+            edits = [_priced(graph, address, write) for address, write in writes]
+            key = tuple(_signature(edit) for edit in edits)
+            if key not in known:  # layers are alike
+                known[key] = self._choose(edits)
+            form, why = known[key]
             formed += form is Form.FORMED
             for address, write in writes:
-                graph.set(address, replace(write, form=form))
-        return f"{len(modules) - formed} modules factored, {formed} formed"
+                graph.set(address, replace(write, form=form, why=why))
+        where = f"{self.tokens:,} tokens in {self.dtype} on {self.device.name}"
+        return f"{len(modules) - formed} modules factored, {formed} formed: {where}"
 
-    def _form(self, graph: AdapterGraph, writes: list[tuple[int, WriteNode]]) -> Form:
-        must_form = [w for _, w in writes if w.must_form]
-        draws = [w for _, w in writes if w.algebra is not None and w.algebra.random]
+    def _choose(self, edits: list[Priced]) -> tuple[Form, str]:
+        writes = [edit.write for edit in edits]
+        must_form = [w for w in writes if w.must_form] if not _turns_slices(writes) else []
+        draws = [w for w in writes if w.gated or (w.algebra is not None and w.algebra.random)]
         if must_form and draws:
+            what = "a gate" if draws[0].gated else "dropout"
             raise CompositionError(
-                f"{draws[0].label}: dropout acts on the stream, but {must_form[0].label} needs "
-                "the weight to be formed here; set dropout to 0"
+                f"{draws[0].label}: {what} acts on the stream, but {must_form[0].label} needs "
+                f"the weight to be formed here; leave out {what}"
             )
         if must_form:
-            return Form.FORMED
+            return Form.FORMED, "a slice's input is rotated, and its weight edited otherwise"
         if draws:
-            return Form.FACTORED
-        return Form.FACTORED if self._factored_is_cheaper(graph, writes) else Form.FORMED
+            what = "a gate" if draws[0].gated else "dropout"
+            work, way = price_factored(edits, self.tokens, self.device)
+            took = work.seconds(self.device, self.dtype) * 1e6
+            return Form.FACTORED, f"{what} acts on the stream; factored ({way}) {took:,.0f} us"
+        adds = any(w.stage is Stage.WEIGHT_ADD for w in writes)
+        if self.force is not None:
+            return self.force, "asked for"
+        return self._cheaper(edits, narrow=adds and self.dtype in _NARROW)
 
-    def _factored_is_cheaper(
-        self, graph: AdapterGraph, writes: list[tuple[int, WriteNode]]
-    ) -> bool:
-        site = writes[0][1].site
-        factored = formed = 0
-        for address, write in writes:
-            operations = [node.primitive for _, node in graph.operations_of(address)]
-            if write.needs_matrix:
-                factored += self.tokens * 2 * write.site.d_in * write.site.d_out
-            elif write.stage is not Stage.WEIGHT_NORM:
-                factored += self.tokens * sum(op.flops() for op in operations)
-            formed += sum(op.matrix_flops() for op in operations)
-            formed += site.d_in * max(op.flops() for op in operations)
-        gradient = 2 * self.tokens * site.d_in * site.d_out
-        return _BACKWARD * factored <= _BACKWARD * formed + gradient
+    def _cheaper(self, edits: list[Priced], *, narrow: bool) -> tuple[Form, str]:
+        work, way = price_factored(edits, self.tokens, self.device)
+        factored = work.seconds(self.device, self.dtype) * 1e6
+        formed = price_formed(edits, self.tokens).seconds(self.device, self.dtype) * 1e6
+        way = f" ({way})" if way else ""
+        if narrow:
+            return Form.FACTORED, (
+                f"16 bits would lose small updates of a formed weight; factored{way} "
+                f"{factored:,.0f} us, formed {formed:,.0f} us"
+            )
+        if factored <= formed:
+            return Form.FACTORED, f"factored{way} {factored:,.0f} us, formed {formed:,.0f} us"
+        return Form.FORMED, f"formed {formed:,.0f} us, factored{way} {factored:,.0f} us"
+
+
+def _priced(graph: AdapterGraph, address: int, write: WriteNode) -> Priced:
+    operations = [node.primitive for _, node in graph.operations_of(address)]
+    return Priced(write, chain_of(graph, address), operations)
+
+
+def _signature(edit: Priced) -> tuple[object, ...]:
+    """What the price of an edit depends on."""
+    write, site = edit.write, edit.write.site
+    links = tuple((op.name, repr(op.arguments), op.place) for op in edit.operations)
+    return write.stage, write.gated, write.algebra, site.d_in, site.d_out, site.rows, links
+
+
+def _turns_slices(writes: list[WriteNode]) -> bool:
+    """Whether all that happens to a weight is one rotation for each of some slices."""
+    rotations = all(w.stage is Stage.WEIGHT_ROTATE and w.site.rows for w in writes)
+    pairs = combinations(writes, 2)
+    return rotations and not any(overlap(a.site.rows, b.site.rows) for a, b in pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from peftref.ir.device import DEVICES, Device
 from peftref.passes.apply_couplings import ApplyCouplings
 from peftref.passes.base import Library, Pass
 from peftref.passes.check_rules import CheckRules
@@ -16,8 +17,13 @@ from peftref.passes.tie_parameters import TieParameters
 __all__ = ["default_passes"]
 
 
-def default_passes(library: Library, tokens: int = 1024) -> tuple[Pass, ...]:
-    """Return the pipeline for ``tokens`` tokens a step."""
+def default_passes(
+    library: Library,
+    tokens: int = 1024,
+    device: Device = DEVICES["cpu"],
+    dtype: str = "float32",
+) -> tuple[Pass, ...]:
+    """Return the pipeline for ``tokens`` tokens a step, of a type, on a device."""
     return (
         ResolveSites(),
         ExpandFunctions(library),
@@ -26,6 +32,6 @@ def default_passes(library: Library, tokens: int = 1024) -> tuple[Pass, ...]:
         Simplify(),
         DeriveProperties(),
         CheckRules(),
-        ChooseLowering(tokens),
+        ChooseLowering(tokens, device, dtype),
         Fuse(),
     )
