@@ -8,12 +8,12 @@ __all__ = ["scale_shift"]
 
 
 def scale_shift(x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Return ``y = x * scale + shift``.
+    """Return ``y = x * scale + shift`` in the type of ``x``.
 
     Args:
         x: (..., d).
-        scale: (d,).
+        scale: (d,), may be wider than ``x``.
         shift: (d,), or None for none.
     """
     y = x * scale
-    return y if shift is None else y + shift
+    return (y if shift is None else y + shift).to(x.dtype)
