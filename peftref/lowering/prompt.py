@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftref.errors import BackboneError
+from peftref.spec.selector import Positions
 
 _BY_TOKEN = ("logits", "last_hidden_state", "start_logits", "end_logits", "hidden_states")
 
@@ -18,6 +19,7 @@ __all__ = [
     "class_generate",
     "generate_with_prompt",
     "goes_on",
+    "padding_of",
     "with_positions",
     "with_prompt",
     "without_prompt",
@@ -34,6 +36,9 @@ class RootGuard:
         prefix: whether attention sees learned rows.
         vocabulary: first virtual token id.
         needs_mask: whether gates need the padding mask.
+        collects: whether some edit reads the hidden states of all layers.
+        positions: by stack and key, the tokens at which edits act.
+        special: ids of the special tokens.
         no_cache: why ``generate`` must be refused; "" when it may run.
         checks: called before each forward outside compilation; they raise what is wrong.
     """
@@ -44,6 +49,9 @@ class RootGuard:
     prefix: bool = False
     vocabulary: int = 0
     needs_mask: bool = False
+    collects: bool = False
+    positions: dict[str, Positions] = field(default_factory=dict[str, Positions])
+    special: tuple[int, ...] = ()
     no_cache: str = ""
     generating: bool = False
     checks: dict[str, Callable[[nn.Module], None]] = field(
@@ -94,16 +102,17 @@ def with_prompt(guard: RootGuard, call: dict[str, Any], *, cached: bool) -> dict
     if ids is None:
         raise BackboneError("a prompt needs input_ids; inputs_embeds carry no virtual tokens")
     call = dict(call)
-    call["input_ids"] = _front(guard, ids, None)
-    if call.get("attention_mask") is not None:
-        call["attention_mask"] = _front(guard, call["attention_mask"], 1)
-    if call.get("token_type_ids") is not None:
-        call["token_type_ids"] = _front(guard, call["token_type_ids"], 0)
+    padding = padding_of(guard, call)
+    call["input_ids"] = _front(guard, ids, None, padding)
+    for name, value in (("attention_mask", 1), ("token_type_ids", 0)):
+        if call.get(name) is not None:
+            call[name] = _front(guard, call[name], value, padding)
     if call.get("position_ids") is not None:
         positions = call["position_ids"]
         first = torch.arange(guard.prompt, device=ids.device).expand(positions.shape[0], -1)
         kept, moved = positions[:, : guard.after], positions[:, guard.after :] + guard.prompt
-        call["position_ids"] = torch.cat((kept, first + guard.after, moved), 1)
+        joined = torch.cat((kept, first + guard.after, moved), 1)
+        call["position_ids"] = _behind(guard, joined, padding)
     kept = call.get("logits_to_keep")
     if isinstance(kept, Tensor):
         call["logits_to_keep"] = kept + guard.prompt
@@ -111,31 +120,58 @@ def with_prompt(guard: RootGuard, call: dict[str, Any], *, cached: bool) -> dict
         call["logits_to_keep"] = min(kept, ids.shape[1])
     labels = call.get("labels")
     if labels is not None and labels.shape == ids.shape and not guard.encoder_decoder:
-        call["labels"] = _front(guard, labels, -100)
+        call["labels"] = _front(guard, labels, -100, padding)
     return call
 
 
 def _behind_prompt(guard: RootGuard, call: dict[str, Any]) -> dict[str, Any]:
     call = dict(call)
     if call.get("attention_mask") is not None:
-        call["attention_mask"] = _front(guard, call["attention_mask"], 1)
+        padding = padding_of(guard, call)
+        call["attention_mask"] = _front(guard, call["attention_mask"], 1, padding)
     if call.get("position_ids") is not None:
         call["position_ids"] = call["position_ids"] + guard.prompt
     return call
 
 
-def _front(guard: RootGuard, tensor: Tensor, value: int | None) -> Tensor:
+def padding_of(guard: RootGuard, call: dict[str, Any]) -> Tensor | None:
+    """Number of padding tokens in front of each row, (batch, 1); None where there are none."""
+    mask = call.get("attention_mask")
+    if guard.after or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    return (mask == 0).long().cumprod(-1).sum(-1, keepdim=True)
+
+
+def _behind(guard: RootGuard, joined: Tensor, padding: Tensor | None) -> Tensor:
+    """Move the prompt from the very front of each row to right behind its padding.
+
+    Models that count distances between tokens, or see a window of them, would else see the
+    prompt the farther away the more padding there is.
+    """
+    if padding is None:
+        return joined
+    place = torch.arange(joined.shape[1], device=joined.device)[None]
+    moved = torch.where(place < padding, place + guard.prompt, place - padding)
+    return joined.gather(1, torch.where(place < padding + guard.prompt, moved, place))
+
+
+def _front(
+    guard: RootGuard, tensor: Tensor, value: int | None, padding: Tensor | None
+) -> Tensor:
     batch = tensor.shape[0]
     if value is None:
         virtual = torch.arange(guard.prompt, device=tensor.device) + guard.vocabulary
         front = virtual.to(tensor.dtype).expand(batch, -1)
     else:
         front = tensor.new_full((batch, guard.prompt), value)
-    return torch.cat((tensor[:, : guard.after], front, tensor[:, guard.after :]), 1)
+    joined = torch.cat((tensor[:, : guard.after], front, tensor[:, guard.after :]), 1)
+    return _behind(guard, joined, padding)
 
 
-def without_prompt(guard: RootGuard, result: Any, length: int) -> Any:  # noqa: ANN401 - an output
-    """Give token outputs the ``length`` that went in."""
+def without_prompt(
+    guard: RootGuard, result: Any, length: int, padding: Tensor | None  # noqa: ANN401 - an output
+) -> Any:  # noqa: ANN401
+    """Give token outputs the ``length`` that went in, behind ``padding`` tokens in each row."""
     if guard.generating or guard.encoder_decoder:
         return result
 
@@ -143,7 +179,7 @@ def without_prompt(guard: RootGuard, result: Any, length: int) -> Any:  # noqa: 
         if isinstance(value, tuple):
             return tuple(strip(part) for part in value)
         whole = isinstance(value, Tensor) and value.shape[1:2] == (length + guard.prompt,)
-        return _strip(guard, value) if whole else value
+        return _strip(guard, value, padding) if whole else value
 
     for name in _BY_TOKEN:
         value = getattr(result, name, None)
@@ -152,7 +188,12 @@ def without_prompt(guard: RootGuard, result: Any, length: int) -> Any:  # noqa: 
     return result
 
 
-def _strip(guard: RootGuard, value: Tensor) -> Tensor:
+def _strip(guard: RootGuard, value: Tensor, padding: Tensor | None) -> Tensor:
+    if padding is not None:
+        place = torch.arange(value.shape[1] - guard.prompt, device=value.device)[None]
+        place = torch.where(place < padding, place, place + guard.prompt)
+        place = place.view(*place.shape, *(1 for _ in value.shape[2:]))
+        return value.gather(1, place.expand(-1, -1, *value.shape[2:]))
     rest = value[:, guard.after + guard.prompt :]
     return torch.cat((value[:, : guard.after], rest), 1) if guard.after else rest
 
@@ -169,18 +210,26 @@ def generate_with_prompt(
     if ids is None:
         raise BackboneError("generate with a prompt needs input_ids")
     kwargs = dict(kwargs)
-    mask = kwargs.get("attention_mask")
-    kwargs["attention_mask"] = _front(guard, torch.ones_like(ids) if mask is None else mask, 1)
+    padding = padding_of(guard, kwargs)
+    mask = torch.ones_like(ids) if padding is None else kwargs["attention_mask"]
+    kwargs["attention_mask"] = _front(guard, mask, 1, padding)
     if kwargs.get("max_length") is not None and not guard.encoder_decoder:
         kwargs["max_length"] += guard.prompt
     guard.generating = True
     try:
-        result = class_generate(base)(model, _front(guard, ids, None), **kwargs)
+        result = class_generate(base)(model, _front(guard, ids, None, padding), **kwargs)
     finally:
         guard.generating = False
     if guard.encoder_decoder:
         return result  # the prompt went to the encoder; what comes back is the decoder's
     if isinstance(result, Tensor):
-        return result[:, guard.prompt :]
-    result.sequences = result.sequences[:, guard.prompt :]
+        return _strip(guard, result, _repeated(padding, result))
+    result.sequences = _strip(guard, result.sequences, _repeated(padding, result.sequences))
     return result
+
+
+def _repeated(padding: Tensor | None, sequences: Tensor) -> Tensor | None:
+    """The padding of each sequence; ``generate`` may return several for one row."""
+    if padding is None:
+        return None
+    return padding.repeat_interleave(len(sequences) // len(padding), 0)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftref.errors import BackboneError
+from peftref.lowering.masks import known_in_call
 from peftref.lowering.prompt import (
     RootGuard,
     class_generate,
     generate_with_prompt,
     goes_on,
+    padding_of,
     with_positions,
     with_prompt,
     without_prompt,
@@ -50,7 +50,7 @@ def root_class(base: type[nn.Module]) -> type[nn.Module]:
         if not torch.compiler.is_compiling():
             for check in guard.checks.values():
                 check(self)
-        if not guard.prompt and not guard.needs_mask and not guard.prefix:
+        if not (guard.prompt or guard.needs_mask or guard.prefix or guard.collects):
             return base.forward(self, *args, **kwargs)
         return _run(base, self, state, _by_name(base, self, args, kwargs))
 
@@ -91,15 +91,16 @@ def _run(
         raise BackboneError(f"a forward that goes on from a cache: {guard.no_cache}")
     ids = call.get("input_ids")
     as_tuple = guard.prompt > 0 and call.get("return_dict") is False
+    padding = padding_of(guard, call)
     if guard.prompt and not guard.generating:
         call = with_prompt(guard, call, cached=cached)
         call["return_dict"] = True  # outputs are told apart by name
     if guard.counts_positions and "position_ids" in inspect.signature(base.forward).parameters:
         call = with_positions(call)
-    with _masks(state.context, guard, call):
+    with known_in_call(state.context, guard, call):
         result = base.forward(model, **call)
     if guard.prompt and not cached and ids is not None:
-        result = without_prompt(guard, result, ids.shape[1])
+        result = without_prompt(guard, result, ids.shape[1], padding)
     return result.to_tuple() if as_tuple else result
 
 
@@ -123,27 +124,3 @@ class SwappedRoot(Swapped):
 def _rebuild_root(base: type[nn.Module]) -> nn.Module:
     cls = root_class(base)
     return cls.__new__(cls)
-
-
-@contextmanager
-def _masks(context: CallContext, guard: RootGuard, call: dict[str, Any]) -> Iterator[None]:
-    """Let the padding masks of this call be known to gates while it runs."""
-    if not guard.needs_mask:
-        yield
-        return
-    before = context.masks
-    masks: dict[str, Tensor] = {}
-    own, decoder = call.get("attention_mask"), call.get("decoder_attention_mask")
-    if isinstance(own, Tensor) and own.dim() == 2:
-        masks["encoder"] = own
-        if not guard.encoder_decoder:
-            masks["decoder"] = own
-    if isinstance(decoder, Tensor) and decoder.dim() == 2:
-        masks["decoder"] = decoder
-    context.masks = masks
-    try:
-        yield
-    finally:
-        context.masks = before
-
-

@@ -11,6 +11,10 @@ from peftref.errors import BackboneError
 __all__ = ["dense_weight", "is_plain_linear", "is_transposed", "store_weight"]
 
 
+# Classes of transformers with a forward of their own that is the plain product all the same.
+_PRODUCTS = ("FalconLinear",)
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Whether the weight is stored (d_in, d_out)."""
     return isinstance(module, Conv1D)
@@ -21,7 +25,8 @@ def is_plain_linear(module: nn.Module) -> bool:
     for base in type(module).__mro__:
         if base in (nn.Linear, Conv1D):
             return type(module.weight.data) in (Tensor, nn.Parameter)
-        if "forward" in base.__dict__ and not getattr(base, "peftref_swapped", False):
+        own = "forward" in base.__dict__ and base.__name__ not in _PRODUCTS
+        if own and not getattr(base, "peftref_swapped", False):
             return False
     return False
 
