@@ -4,6 +4,7 @@
     ├── SpecError           a specification, expression or run file is wrong
     ├── CompositionError    specs are well formed but mean nothing together
     ├── BackboneError       the model is not what the composition needs
+    │   └── SitesError      no row describes the model; carries a draft of one
     ├── MergeError          something cannot be folded into the backbone
     ├── DataError           data set, column or label problem
     ├── TrainingError       training went wrong (not a number, lost procedure)
@@ -29,6 +30,7 @@ __all__ = [
     "MergeError",
     "PeftRefError",
     "SearchError",
+    "SitesError",
     "SpecError",
     "TrainingError",
     "unknown_name",
@@ -65,6 +67,19 @@ class CompositionError(PeftRefError):
 
 class BackboneError(PeftRefError):
     """The model is not what the composition needs."""
+
+
+class SitesError(BackboneError):
+    """No row describes the model and none could be inferred with certainty.
+
+    Attributes:
+        model_type: of the model's configuration.
+        draft: YAML of a row with what was found, to be corrected.
+    """
+
+    def __init__(self, message: str, *, model_type: str, draft: str) -> None:
+        super().__init__(message)
+        self.model_type, self.draft = model_type, draft
 
 
 class MergeError(PeftRefError):

@@ -69,6 +69,7 @@ class Findings:
     Attributes:
         model_type: of the configuration.
         norms: ``pre`` or ``post``.
+        causal: by stack, whether a token sees only those before it.
         stacks: by name.
         doubts: why it is not certain, as sentences; empty: every role was shown by a trial.
         unplaced: modules without a role.
@@ -76,6 +77,7 @@ class Findings:
 
     model_type: str
     norms: str = "pre"
+    causal: dict[str, bool] = field(default_factory=dict[str, bool])
     stacks: dict[str, StackFindings] = field(default_factory=dict[str, StackFindings])
     doubts: list[str] = field(default_factory=list[str])
     unplaced: Sequence[str] = ()

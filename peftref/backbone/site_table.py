@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from peftref.spec.typology import Port
+
+if TYPE_CHECKING:
+    from peftref.backbone.family import Family
 
 __all__ = ["ADDED", "Argument", "AttentionShape", "CacheArgument", "RowSlice", "Site", "SiteKind",
            "SiteTable"]
@@ -176,6 +180,7 @@ class SiteTable:
         frozen_parameters: number of parameters of the backbone, task heads left out and a tied
             tensor counted once.
         pre_norm: whether norms come before the sub-layers.
+        row: the row that made it, where that is none of the built-in ones; no part of equality.
     """
 
     family: str
@@ -187,6 +192,7 @@ class SiteTable:
     head_modules: tuple[str, ...] = ()
     frozen_parameters: int = 0
     pre_norm: bool = True
+    row: Family | None = field(default=None, compare=False)
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)

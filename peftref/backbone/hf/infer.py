@@ -99,6 +99,7 @@ class _ModelReader:
         norms: set[str] = set()
         for name, path in stacks.items():
             self.found.stacks[name] = self._stack(name, path, norms)
+            self.found.causal[name] = self._causal(path, name)
         self._outside(stacks)
         if len(norms) == 1:
             self.found.norms = norms.pop()
@@ -121,16 +122,19 @@ class _ModelReader:
                 return name
         if count > 1:
             return path
-        return "decoder" if self._causal(path) else "encoder"
+        return "decoder" if self._causal(path, "") else "encoder"
 
-    def _causal(self, path: str) -> bool:
+    def _causal(self, path: str, stack: str) -> bool:
         """Whether the first token of a stack is the same whatever the last one is."""
-        ids = self.inputs.get("input_ids")
+        side = "input_ids"
+        if stack == "decoder" and "decoder_input_ids" in self.inputs:
+            side = "decoder_input_ids"
+        ids = self.inputs.get(side)
         if ids is None:
             return False
         other = ids.clone()
         other[:, -1] = torch.where(ids[:, -1] == ids.max(), ids.min(), ids.max())
-        after = self.probe.with_inputs({**self.inputs, "input_ids": other})
+        after = self.probe.with_inputs({**self.inputs, side: other})
         last = self._layers(path)[-1]
         before, now = self.calls[last][-1].output, after.calls[last][-1].output
         return before is not None and now is not None and bool((before[:, 0] == now[:, 0]).all())

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftref.backbone.family import Family, Place, Role, Stack, choose, expand, families
+from peftref.backbone.hf.infer import infer
 from peftref.backbone.hf.modules import (
     base_prefix,
     count_parameters,
@@ -27,9 +28,9 @@ from peftref.backbone.site_table import (
     SiteKind,
     SiteTable,
 )
-from peftref.errors import BackboneError
+from peftref.errors import BackboneError, SpecError
 
-__all__ = ["module_table", "site_table"]
+__all__ = ["inferred_table", "module_table", "site_table"]
 
 SPANS = {"attention": SiteKind.ATTENTION, "cross_attention": SiteKind.ATTENTION,
          "ffn": SiteKind.SPAN}
@@ -44,18 +45,43 @@ def site_table(
 
     Args:
         model: a model of the ``transformers`` library.
-        family: the row to read it by; None: the built-in row of its model type.
-        strict: refuse a model type without a row; else return :func:`module_table`.
+        family: the row to read it by; None: the built-in row of its model type, else an
+            inferred one.
+        strict: roles are needed; else a model type without a row gives :func:`module_table`.
 
     Raises:
-        BackboneError: no row for the model type, or the row does not fit the model.
+        BackboneError: the row does not fit the model.
+        SitesError: no row for the model type, and none is inferred with certainty.
     """
-    row = family or families().get(model.config.model_type)
+    if family is not None:
+        return replace(_Reader(model, family).table(), row=family)
+    row = families().get(model.config.model_type)
     if row is not None:
         return _Reader(model, row).table()
-    if strict:
-        raise refusal(model)
-    return module_table(model)
+    return inferred_table(model) if strict else module_table(model)
+
+
+def inferred_table(model: PreTrainedModel) -> SiteTable:
+    """Return the sites of ``model`` by a row that a trial of a small random model of it shows.
+
+    Raises:
+        SitesError: the trial leaves a doubt; the message says which.
+    """
+    found = infer(model)
+    doubts = list(found.doubts)
+    if found.certain:
+        try:
+            row = found.row()
+            table = replace(_Reader(model, row).table(), row=row)
+        except (BackboneError, SpecError) as error:
+            doubts.append(str(error))
+        else:
+            wrong = [site.label for site in table if site.role == "attention" and site.attention
+                     and site.attention.causal != found.causal[site.stack]]
+            if not wrong:
+                return table
+            doubts.append(f"{wrong[0]}: whether a token sees those after it is not as declared")
+    raise refusal(model, replace(found, doubts=doubts))
 
 
 def module_table(model: PreTrainedModel) -> SiteTable:
