@@ -100,6 +100,11 @@ def _xavier(shape: tuple[int, ...], _: float, generator: torch.Generator) -> Ten
     return _uniform(math.sqrt(6 / (shape[-1] + shape[0])), shape, generator)
 
 
+def _xavier_normal(shape: tuple[int, ...], _: float, generator: torch.Generator) -> Tensor:
+    """Normal with variance 2 / (fan in + fan out), of the last two dimensions."""
+    return _normal(shape, math.sqrt(2 / (shape[-1] + shape[-2])), generator)
+
+
 _DRAWS: dict[str, Draw] = {
     "zeros": lambda shape, value, generator: torch.zeros(shape),
     "ones": lambda shape, value, generator: torch.ones(shape),
@@ -110,6 +115,7 @@ _DRAWS: dict[str, Draw] = {
     "kaiming_uniform": _kaiming,
     "kaiming_uniform_relu": _kaiming_relu,
     "xavier_uniform": _xavier,
+    "xavier_normal": _xavier_normal,
 }
 
 

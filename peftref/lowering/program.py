@@ -69,6 +69,8 @@ class BoundEdit:
         self._result = edit.program.result
         self._inputs = tuple(step.inputs for step in edit.program.steps)
         steps = edit.program.steps
+        # A first step without tensors (a fold of the stream) does not know the type of its result.
+        self._needs_identity = any(step.inputs == (0,) for step in steps)
         algebra = edit.write.algebra
         self._stream: tuple[Operation, ...] = tuple(s.primitive.bind(runtime) for s in steps)
         self._matrix: tuple[Operation, ...] = ()
@@ -104,6 +106,10 @@ class BoundEdit:
 
     def matrix(self, before: Tensor | None, dtype: torch.dtype) -> Tensor:
         """``s M``: the matrix form, of the identity or of the weight ``before``."""
+        if before is None and self._needs_identity:
+            held = self._fetch[0]()
+            wide = self.edit.write.site.d_in
+            before = torch.eye(wide, dtype=dtype, device=held.device)
         value = self._run(self._matrix, before, dtype)
         return value if self.scale == 1.0 else value * self.scale
 

@@ -124,14 +124,16 @@ class ExpandFunctions:
     def _check_unique(graph: AdapterGraph) -> None:
         seen: dict[str, str] = {}
         for address, write in graph.writes():
-            names: set[str] = set()
+            names: dict[str, TensorSpec] = {}
             for _, tensor in graph.tensors_of(address):
-                if tensor.spec.name in names:
+                # What is shared by name may be used twice in one function (PHM's rule).
+                known = names.get(tensor.spec.name)
+                if known is not None and (known.share is None or known != tensor.spec):
                     raise SpecError(
                         f"{write.label}: two primitives have a tensor named "
                         f"{tensor.spec.name!r}; give one of them another 'name'"
                     )
-                names.add(tensor.spec.name)
+                names[tensor.spec.name] = tensor.spec
             place = f"{write.path}:{write.key}"
             if place in seen:
                 raise CompositionError(

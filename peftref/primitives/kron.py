@@ -26,9 +26,9 @@ __all__ = ["Kron", "KronArguments", "factorise"]
 
 
 class KronArguments(Arguments):
-    """``factor`` -1: the most square split; ``rank``: of the factors that are decomposed."""
+    """``factor`` -1: the most square split; ``rank``: of the factors that are decomposed, if any."""
 
-    rank: int = Field(default=8, gt=0)
+    rank: int | None = Field(default=8, gt=0)
     factor: int = Field(default=-1, ge=-1)
     decompose_both: bool = False
 
@@ -79,11 +79,13 @@ class Kron(Primitive[KronArguments]):
     @property
     def _splits(self) -> tuple[bool, bool]:
         r = self.arguments.rank
+        if r is None:
+            return False, False
         first = self.arguments.decompose_both and r < max(self.a, self.c) / 2
         return first, r < max(self.b, self.d) / 2
 
     def tensors(self) -> tuple[TensorSpec, ...]:
-        r, label = self.arguments.rank, self.label
+        r, label = self.arguments.rank or 0, self.label
         split_c, split_d = self._splits
         left = (
             (

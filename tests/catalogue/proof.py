@@ -230,7 +230,7 @@ def assert_same_as_peft(
                        if n == local or n.endswith(f".{local}")]
                 assert len(own) == 1, (local, own)
                 pairs[own[0]] = pair
-                pair[0].copy_(pair[1](full[own[0]]).view(pair[0].shape))
+                pair[0].copy_(pair[1](full[own[0]]).reshape(pair[0].shape))
     assert ours.trainable.keys() <= pairs.keys(), ours.trainable.keys() - pairs.keys()
     rows = batch(family)
     expected = logits(theirs, rows)
@@ -240,7 +240,7 @@ def assert_same_as_peft(
     torch.testing.assert_close(logits(ours.model, rows), expected, **close)
     reference = gradients(theirs, rows, {n: pairs[n][0] for n in ours.trainable})
     for name, gradient in gradients(ours.model, rows, ours.trainable).items():
-        laid = pairs[name][1](gradient).view(reference[name].shape)
+        laid = pairs[name][1](gradient).reshape(reference[name].shape)
         scale = max(1.0, float(reference[name].abs().max()))
         torch.testing.assert_close(laid, reference[name], rtol=0, atol=tolerance * scale, msg=name)
     if merges:

@@ -48,6 +48,25 @@ class TestKron(PrimitiveContract):
         Case("kron", {"rank": 1, "decompose_both": True, "factor": 4}),
         Case("kron", {"rank": 64, "factor": 1}),
         Case("kron", {"rank": 2}, d_in=7, d_out=13),
+        Case("kron", {"rank": None, "factor": 2}),
+    )
+
+
+class TestStructured(PrimitiveContract):
+    cases = (
+        Case("fold", {"width": 4}),
+        Case("fold", {"width": 5}),
+        Case("fold", {"width": 5, "pad": "wrap"}),
+        Case("pool", {"group": 3}),
+        Case("shuffle", {"group": 2}),
+        Case("shuffle", {"group": 1}),
+        Case("tile", {"out": 8}),
+        Case("tile", {"out": 30}),
+        Case("block_linear", {"blocks": 4}),
+        Case("block_linear", {"blocks": 2, "out": 6, "init": "zeros"}),
+        Case("phm_linear", {"factor": 2}),
+        Case("phm_linear", {"factor": 4, "rank": 2, "share": "rule", "rule_init": "zeros"}),
+        Case("phm_linear", {"factor": 4, "rank": 0, "bias": True}),
     )
 
 
