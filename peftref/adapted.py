@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftref.errors import ArtifactError, BackboneError, TrainingError
 from peftref.exporting import export_peft, save
-from peftref.ir.plan import Plan
+from peftref.ir.plan import Plan, PlannedTensor
 from peftref.lowering.attach import Attachment, detach_plan, refresh, root_state
 from peftref.lowering.merge import merge_modules, unmerge_modules
 from peftref.lowering.prefix import interface_name
@@ -78,9 +78,25 @@ class Adapted:
         }
 
     @property
-    def members(self) -> dict[str, str]:
-        """The member that each tensor belongs to, by the tensor's name."""
-        return {tensor.name: tensor.member for tensor in self.plan.tensors}
+    def special_tokens(self) -> tuple[int, ...]:
+        """Ids of the special tokens, for edits that act at them.
+
+        At first those that the configuration names; set a tokenizer's ``all_special_ids``
+        without the padding token where it names none (BERT).
+        """
+        root = root_state(self.model)
+        return root.guard.special if root is not None else ()
+
+    @special_tokens.setter
+    def special_tokens(self, ids: Iterable[int]) -> None:
+        root = root_state(self.model)
+        if root is not None:
+            root.guard.special = tuple(sorted(set(ids)))
+
+    @property
+    def planned(self) -> dict[str, PlannedTensor]:
+        """What the plan says of each tensor, by the tensor's name."""
+        return {tensor.name: tensor for tensor in self.plan.tensors}
 
     def rest(self, names: Collection[str]) -> None:
         """Let these trained tensors (of adapter and head) have no gradient; all others have one."""

@@ -31,6 +31,7 @@ class SiteKind(StrEnum):
     EMBEDDING = "embedding"  # output, weight
     SPAN = "span"  # a whole sub-layer or block: input, output
     ATTENTION = "attention"  # a span that also has keys_values
+    STACK = "stack"  # all layers of a stack: hidden_states, output
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,8 @@ class Site:
         both = {Port.INPUT, Port.OUTPUT}
         if self.role.startswith("residual.") or self.kind is SiteKind.SPAN:
             return frozenset(both)
+        if self.kind is SiteKind.STACK:
+            return frozenset({Port.OUTPUT, Port.HIDDEN_STATES})
         if self.kind is SiteKind.ATTENTION:
             return frozenset(both | {Port.KEYS_VALUES})
         own = {Port.WEIGHT, Port.BIAS} if self.bias else {Port.WEIGHT}

@@ -90,12 +90,12 @@ def _edits(plan: Plan) -> Iterator[Plain]:
     for module in plan.modules:
         for edit in module.edits:
             write = edit.write
-            shapes = tuple(specs[name].spec.shape for name in edit.program.tensors)
+            shapes = tuple(specs[name].spec.shape for name in edit.tensors)
             key = (write.member, write.module, write.site.stack, write.site.role, write.port)
             groups.setdefault((*key, edit.stage, write.form, shapes), []).append(edit)
     for edits in groups.values():
-        write, own = edits[0].write, [specs[name] for name in edits[0].program.tensors]
-        names = {name for edit in edits for name in edit.program.tensors}
+        write, own = edits[0].write, [specs[name] for name in edits[0].tensors]
+        names = {name for edit in edits for name in edit.tensors}
         yield {
             "module": f"{write.member}.{write.module}",
             "site": f"{write.site.stack}.{write.site.role}.{write.port.value}",

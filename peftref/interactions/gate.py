@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from peftref.errors import CompositionError
 from peftref.interactions.base import Coupling, CouplingArguments
+from peftref.ir.gating import add_gate
 from peftref.ir.graph import AdapterGraph
 from peftref.ir.primitive import (
     Algebra,
@@ -16,7 +18,7 @@ from peftref.ir.primitive import (
     Runtime,
     TensorSpec,
 )
-from peftref.ir.types import OperationNode, ReadNode, TensorNode
+from peftref.ir.types import OperationNode, ReadNode, TensorNode, WriteNode
 from peftref.registry import couplings
 from peftref.spec.typology import IntegrationKind, Port
 
@@ -27,7 +29,7 @@ __all__ = ["Gate", "SampleGate"]
 
 
 class SampleGate(Primitive[Arguments]):
-    """``G(x) f``, ``G(x) = mean over real tokens of sigmoid(x w + b)``: one number a sample.
+    """``G(x) = mean over real tokens of sigmoid(x w + b)``: one number a sample.
 
     Padding is left out of the mean (published code counts it), so that a padded row equals the
     row alone. UniPELT, Mao et al. 2022, https://arxiv.org/abs/2110.07577
@@ -37,7 +39,7 @@ class SampleGate(Primitive[Arguments]):
 
     @property
     def width(self) -> int:
-        return self.place.d_out
+        return 1
 
     def tensors(self) -> tuple[TensorSpec, ...]:
         return (
@@ -48,13 +50,6 @@ class SampleGate(Primitive[Arguments]):
     def algebra(self) -> Algebra:
         return Algebra(mixes_tokens=True, per_sample=True)
 
-    def combine(self, inputs: tuple[Algebra, ...]) -> Algebra:
-        gated = inputs[0]
-        return replace(
-            gated, linear=False, matrix=False, diagonal=False, orthogonal=False,
-            identity_at_init=False, mixes_tokens=True, per_sample=True,
-        )
-
     def flops(self) -> int:
         return 2 * self.place.d_in + self.place.d_out
 
@@ -64,49 +59,62 @@ class SampleGate(Primitive[Arguments]):
 
         stack = self.place.stack
 
-        def gate(value: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            open_ = torch.sigmoid(linear(x, weight, bias))
-            if x.dim() > 2:
-                mask = runtime.token_mask(stack)
-                if mask is None:
-                    open_ = open_.mean(-2, keepdim=True)
-                else:
-                    real = mask.to(open_.dtype)[..., None]
-                    open_ = (open_ * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True)
-            return open_ * value
+        def gate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            opened = torch.sigmoid(linear(x, weight, bias))
+            if x.dim() <= 2:
+                return opened
+            mask = runtime.token_mask(stack)
+            if mask is None:
+                return opened.mean(-2, keepdim=True)
+            real = mask.to(opened.dtype)[..., None]
+            return (opened * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True)
 
         return gate
 
 
 @couplings.register("gate")
 class Gate(Coupling[CouplingArguments]):
-    """Every write of the members is scaled by a gate that reads what the member reads."""
+    """Every change that the members make is scaled by a gate that reads what the member reads.
+
+    A change is the difference that an edit makes to its stream, ``y + G (edit(y) - y)``, so that
+    additions, scales, rotations, normalisations and biases are gated alike; the rows of a prefix
+    are scaled themselves, as published.
+    """
 
     name = "gate"
 
     def apply(self, graph: AdapterGraph, members: tuple[str, ...]) -> str:
         writes = graph.writes(members)
+        gates: dict[tuple[str, str, Port], int] = {}
         for address, write in writes:
-            (value,) = graph.inputs(address)
-            read_port = Port.INPUT if write.read in (Port.WEIGHT, Port.BIAS) else write.read
-            read = graph.add(ReadNode(write.site, read_port))
-            node = graph.node(read)
-            assert isinstance(node, ReadNode)
-            width = write.site.d_in if write.port is Port.KEYS_VALUES else node.width
-            value_node = graph.node(value)
-            d_out = value_node.width if isinstance(value_node, OperationNode) else node.width
-            place = Place(width, d_out, graph.table.hidden_size, stack=write.site.reads_stack)
-            primitive = SampleGate(Arguments(), place)
-            tensors = tuple(
-                graph.add(
-                    TensorNode(
-                        spec, write.member, write.module, f"{write.path}.{write.key}.{spec.name}"
-                    )
-                )
-                for spec in primitive.tensors()
-            )
-            gated = graph.add(OperationNode(primitive), (value, read, *tensors))
-            graph.set_inputs(address, (gated,))
+            if any(p.name == SampleGate.name for p in _gates(graph, address)):
+                raise CompositionError(f"{write.label}: is gated already; one gate a member")
+            port = Port.INPUT if write.read in (Port.WEIGHT, Port.BIAS) else write.read
+            place = write.member, write.site.label, port
+            if place not in gates:
+                gates[place] = _sample_gate(graph, write, port)
             if write.kind in (IntegrationKind.ADD, IntegrationKind.SCALED_ADD):
                 graph.set(address, replace(write, kind=IntegrationKind.GATED_ADD))
-        return f"{len(writes)} gates"
+            add_gate(graph, address, gates[place])
+        return f"{len(gates)} gates"
+
+
+def _sample_gate(graph: AdapterGraph, write: WriteNode, port: Port) -> int:
+    """The gate of all that one member writes at one site: what it changes there is one thing."""
+    width = write.site.d_out if port is Port.OUTPUT else write.site.d_in
+    place = Place(width, width, graph.table.hidden_size, stack=write.site.reads_stack)
+    primitive = SampleGate(Arguments(), place)
+    read = graph.add(ReadNode(write.site, port))
+    tensors = tuple(
+        graph.add(
+            TensorNode(spec, write.member, write.module, f"{write.path}.{write.key}.{spec.name}")
+        )
+        for spec in primitive.tensors()
+    )
+    return graph.add(OperationNode(primitive), (read, *tensors))
+
+
+def _gates(graph: AdapterGraph, address: int) -> list[Primitive[Arguments]]:
+    gate = graph.gate(address)
+    nodes = [] if gate is None else [graph.node(a) for a in graph.ancestors(gate)]
+    return [node.primitive for node in nodes if isinstance(node, OperationNode)]

@@ -30,10 +30,25 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class EditPlan:
-    """One edit: where it stands in the fold and the program that computes it."""
+    """One edit: where it stands in the fold and the program that computes it.
+
+    ``gate`` computes what scales the change, ``y + g (edit(y) - y)``; None: nothing does.
+    """
 
     write: WriteNode
     program: Program
+    gate: Program | None = None
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors of the function, then of the gate."""
+        return self.program.tensors + (self.gate.tensors if self.gate is not None else ())
+
+    @property
+    def flops(self) -> int:
+        """Multiply-adds times two of the activation form, per token, forward."""
+        steps = self.program.steps + (self.gate.steps if self.gate is not None else ())
+        return sum(step.primitive.flops() for step in steps)
 
     @property
     def stage(self) -> Stage:
@@ -51,7 +66,7 @@ class EditPlan:
     def mergeable(self) -> bool:
         """Whether it is a map that a weight or bias can hold."""
         algebra = self.write.algebra
-        if algebra is None or not algebra.matrix:
+        if algebra is None or not algebra.matrix or self.gate is not None:
             return False
         if self.stage.on_weight or self.stage is Stage.BIAS:
             return True
@@ -84,6 +99,8 @@ def _why(edit: EditPlan) -> str:
     algebra = edit.write.algebra
     if edit.stage in (Stage.KEYS_VALUES, Stage.TOKENS):
         return "adds rows to a sequence, which no weight can hold"
+    if edit.write.positions is not None:
+        return f"acts at some positions only ({edit.write.positions.key})"
     if algebra is not None and algebra.per_sample:
         return "depends on the sample (a gate)"
     if algebra is not None and not algebra.linear:

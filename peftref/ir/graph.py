@@ -64,6 +64,15 @@ class AdapterGraph:
         self._graph.remove_edges_from(list(self._graph.in_edges(address, keys=True)))
         self._connect(address, inputs)
 
+    def value(self, address: int) -> int:
+        """What a write joins to its stream: its first input."""
+        return self.inputs(address)[0]
+
+    def gate(self, address: int) -> int | None:
+        """What scales the change that a write makes: its second input, where it has one."""
+        inputs = self.inputs(address)
+        return inputs[1] if len(inputs) > 1 else None
+
     def users(self, address: int) -> tuple[int, ...]:
         """Addresses of the nodes that read this one."""
         return tuple(sorted(self._graph.successors(address)))

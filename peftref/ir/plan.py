@@ -113,7 +113,7 @@ class Plan:
                  f"({self.trainable_share:.3%} of {self.table.frozen_parameters:,})"]
         for module in self.modules:
             for edit in module.edits:
-                size = sum(t.spec.size for t in self.tensors if t.name in edit.program.tensors)
+                size = sum(t.spec.size for t in self.tensors if t.name in edit.tensors)
                 form = "" if edit.write.form is None else f", {edit.write.form.name.lower()}"
                 lines.append(f"  {edit.write.label}: {edit.stage.name.lower()}{form}, {size:,}")
         p = self.properties

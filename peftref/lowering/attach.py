@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +13,10 @@ from peftref.errors import BackboneError
 from peftref.ir.edits import EditPlan
 from peftref.ir.plan import Plan, PlannedTensor
 from peftref.ir.types import Stage
+from peftref.lowering.attachment import Attachment
 from peftref.lowering.fold import Slot
 from peftref.lowering.initialise import initial_tensor
+from peftref.lowering.layers import carry_masks, collect_layers
 from peftref.lowering.original import original_class
 from peftref.lowering.prefix import interface_name, register_interface
 from peftref.lowering.root import RootState, SwappedRoot, root_class
@@ -29,25 +30,9 @@ from peftref.lowering.swap import (
     unswap,
 )
 from peftref.lowering.weight import dense_weight
+from peftref.spec.typology import Port
 
 __all__ = ["Attachment", "attach_plan", "detach_plan", "refresh", "root_state", "swapped_modules"]
-
-
-@dataclass
-class Attachment:
-    """What one adapter changed, as needed to undo it.
-
-    Attributes:
-        name: the adapter's name.
-        plan: its plan.
-        modules: path -> module object at attach; a replaced module is noticed by identity.
-        tensors: full name -> (module path or "" for the root, dotted name in the tree).
-    """
-
-    name: str
-    plan: Plan
-    modules: dict[str, nn.Module] = field(default_factory=dict[str, nn.Module])
-    tensors: dict[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
 
 
 def root_state(model: nn.Module) -> RootState | None:
@@ -89,7 +74,7 @@ def _attach(model: nn.Module, root: RootState, attachment: Attachment, seed: int
     for module_plan in plan.modules:
         module = attachment.modules[module_plan.path]
         sources = tuple(
-            tuple(_source(attachment, t) for t in edit.program.tensors)
+            tuple(_source(attachment, t) for t in edit.tensors)
             for edit in module_plan.edits
         )
         state_of(module).adapters[name] = AdapterEdits(module_plan.edits, sources)
@@ -97,7 +82,8 @@ def _attach(model: nn.Module, root: RootState, attachment: Attachment, seed: int
         state_of(module).fold(module)  # refuses what does not go with other adapters
     _switch_attention(model, root, attachment)
     _hide_from_save(model)
-    _carry_masks(model, root, attachment)
+    carry_masks(model, root, attachment)
+    collect_layers(model, root, attachment)
     stacks = plan.table.layers
     root.guard.after = 1 if "decoder" not in stacks else 0
     refresh(model)
@@ -114,10 +100,20 @@ def _swap_root(model: nn.Module) -> RootState:
     model.add_module(CHILD, state)
     state.train(model.training)
     set_class(model, root_class(type(model)))
+    state.guard.special = _special_tokens(getattr(model, "config", None))
     state.guard.encoder_decoder = bool(
         getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     )
     return state
+
+
+def _special_tokens(config: Any) -> tuple[int, ...]:  # noqa: ANN401 - any configuration
+    """Ids that the configuration names; padding is none of them."""
+    found: list[Any] = []
+    for name in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
+        value = getattr(config, name, None)
+        found += value if isinstance(value, list | tuple) else [value]
+    return tuple(sorted({token for token in found if isinstance(token, int)}))
 
 
 def _swap_module(
@@ -216,7 +212,7 @@ def _frozen_weight(
         full = dense_weight(module)
         for plan in attachment.plan.modules:
             for edit in plan.edits:
-                if tensor.name in edit.program.tensors:
+                if tensor.name in edit.tensors:
                     return gather_rows(full, edit.write.site.rows, 0)
         return full
 
@@ -277,21 +273,6 @@ def _by_interface(edit: EditPlan) -> bool:
     return shape is not None and shape.calls_interface
 
 
-def _carry_masks(model: nn.Module, root: RootState, attachment: Attachment) -> None:
-    """Let each layer hand the padding masks to its own forward, for when it is recomputed."""
-    if not attachment.plan.properties.needs_token_mask:
-        return
-    for site in attachment.plan.table:
-        if site.role == "block" and site.module not in attachment.modules:
-            module = model.get_submodule(site.module)
-            state = swap(module, site.module, root.context)
-            state.__dict__["root"] = root
-            state.adapters.setdefault(attachment.name, AdapterEdits((), ()))
-            attachment.modules[site.module] = module
-        if site.role == "block":
-            state_of(attachment.modules[site.module]).masked_block = True
-
-
 def _hide_from_save(model: nn.Module) -> None:
     """Keep adapter keys out of a plain ``save_pretrained``."""
     keys = {k for k in model.state_dict() if f".{CHILD}." in f".{k}"}
@@ -338,6 +319,7 @@ def refresh(model: nn.Module) -> None:
         return
     guard = root.guard
     prompt, mask, prefix, reasons = 0, False, False, list[str]()
+    guard.positions, collects = {}, set[str]()
     for path, module in swapped_modules(model):
         for _, edit in state_of(module).bound():
             algebra = edit.edit.write.algebra
@@ -345,11 +327,17 @@ def refresh(model: nn.Module) -> None:
                 guard.vocabulary = int(module.num_embeddings)  # pyright: ignore[reportArgumentType]
                 prompt += edit.rows_of_tokens(torch.empty(0)).shape[-2]
             prefix = prefix or edit.stage is Stage.KEYS_VALUES
+            write = edit.edit.write
+            if write.positions is not None:
+                guard.positions[f"{write.site.reads_stack}:{write.positions.key}"] = write.positions
+            if write.read is Port.HIDDEN_STATES:
+                collects.add(write.site.stack)
             if algebra is not None and algebra.per_sample:
                 mask = True
             if algebra is not None and algebra.mixes_tokens:
                 reasons.append(f"{edit.edit.write.member} at {path}")
     guard.prompt, guard.needs_mask, guard.prefix = prompt, mask, prefix
+    guard.collects, root.context.collects = bool(collects), frozenset(collects)
     guard.no_cache = (
         f"{reasons[0]} depends on all tokens of a row, which cached decoding does not see; "
         "disable it, or decode with whole forwards (use_cache=False)" if reasons else ""

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from peftref.backbone.site_table import RowSlice, SiteKind
 from peftref.errors import BackboneError
 from peftref.ir.types import Stage
+from peftref.lowering.fast import FastLinear
 from peftref.lowering.program import BoundEdit, gather_rows, scatter_rows
 from peftref.lowering.weight import dense_weight, is_plain_linear
-from peftref.passes.check_rules import overlap
+from peftref.passes.check_rules import overlap, turns_slices
 from peftref.spec.typology import Port
 
 __all__ = ["Carried", "Fold", "Slot"]
@@ -81,28 +82,41 @@ class Fold:
         self.carries = carries
         self.puts, self.takes = puts, takes
         self.prefix_rows = 0
+        self.of_stack = [e for e in edits if e.edit.write.read is Port.HIDDEN_STATES]
+        edits = [e for e in edits if e.edit.write.read is not Port.HIDDEN_STATES]
         own = [e for e in edits if not _is_span(e)]
         self.linear = any(e.edit.write.site.kind is SiteKind.LINEAR for e in own)
         self.inputs = [e for e in own if e.stage is Stage.INPUT]
         weights = [e for e in own if e.stage.on_weight]
         self.weights = sorted(weights, key=lambda e: e.stage)
-        self.biases = [e for e in own if e.stage is Stage.BIAS]
+        self.biases = [e for e in own if e.stage is Stage.BIAS and not e.gated]
+        self.gated_biases = [e for e in own if e.stage is Stage.BIAS and e.gated]
+        # Of a module that is no linear: the whole module runs once more for each of them.
+        self.gated_own = [] if self.linear else [e for e in own if e.gated and (
+            e.stage is Stage.BIAS or e.stage.on_weight)]
+        self._running: BoundEdit | None = None
         self.parallel = [e for e in own if e.stage is Stage.PARALLEL]
         self.outputs = [e for e in own if e.stage is Stage.OUTPUT]
         self.prefixes = [e for e in own if e.stage is Stage.KEYS_VALUES]
         self.tokens = [e for e in own if e.stage is Stage.TOKENS]
         self.spans = [e for e in edits if _is_span(e)]
         self.formed = any(e.edit.formed for e in self.weights)
-        draws = any(e.draws for e in self.weights)
+        draws = any(e.draws or e.gated for e in self.weights)
+        self.turns_slices = bool(self.weights) and turns_slices(
+            [e.edit.write for e in self.weights])
+        must_form = any(e.edit.write.must_form for e in self.weights) and not self.turns_slices
         if self.formed and (draws or _is_narrow(module)):
             # W + dW in 16 bits would round a small dW away; as maps of the stream it is kept.
-            self.formed = any(e.edit.write.must_form for e in self.weights)
+            self.formed = False
+        self.formed = self.formed or must_form
         if self.formed and draws:
             raise BackboneError(
                 f"{self.weights[0].edit.write.site.label}: one adapter has dropout, another needs "
                 "the weight to be formed, where dropout would be lost; set dropout to 0"
             )
         _refuse_two_norms([e for e in self.weights if e.stage is Stage.WEIGHT_NORM])
+        gated = any(e.gated for e in self.weights)
+        self.fast = None if self.formed or gated else FastLinear.of(module, self.weights)
 
     def run(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401, E501
         """Run the module's forward ``base`` with the edits."""
@@ -151,7 +165,7 @@ class Fold:
         """The input stream after one input edit."""
         own = edit.edit.write.read is Port.INPUT
         read = x if own else _first(self._weighted(module, call, x))
-        return edit.join(x, edit.stream(read))
+        return edit.onto(x, read)
 
     def _prompted(self, module: nn.Module, base: Base, ids: Tensor) -> Tensor:
         """Ids from the vocabulary's size on stand for learned rows."""
@@ -187,26 +201,74 @@ class Fold:
         return kwargs.pop(self.argument), (), kwargs
 
     def _weighted(self, module: nn.Module, call: Callable[[Tensor], Any], x: Tensor) -> Any:  # noqa: ANN401
-        if not self.linear or not (self.weights or self.biases):
+        if self.gated_own:
+            return self._gated_module(call, x)
+        if not self.linear or not (self.weights or self.biases or self.gated_biases):
             return call(x)
-        normalises = any(e.stage is Stage.WEIGHT_NORM for e in self.weights)
-        bias = self.bias(module)
         if self.formed:
             weight = self.weight(module).to(x.dtype)
-            return torch.nn.functional.linear(x, weight, _as(bias, x))
+            return torch.nn.functional.linear(x, weight, _as(self.bias(module), x))
+        gated = [e for e in self.weights if e.gated]
+        y = self._factored(module, call, x, [e for e in self.weights if not e.gated])
+        if gated:
+            # A normalisation has no change of its own to scale: with and without are compared.
+            whole = self._factored(module, call, x, self.weights)
+            y = y + gated[-1].gate(x) * (whole - y)
+        for edit in self.gated_biases:
+            y = y + edit.gate(x) * scatter_rows(edit.matrix(None, y.dtype), edit.rows)
+        return y
+
+    def _factored(
+        self,
+        module: nn.Module,
+        call: Callable[[Tensor], Any],
+        x: Tensor,
+        weights: list[BoundEdit],
+    ) -> Any:  # noqa: ANN401 - whatever the module returns
+        """``W1 x + b1`` without forming ``W1``."""
+        bias = self.bias(module)
+        if self.fast is not None:
+            return self.fast(module, x, bias)
+        if self.turns_slices:
+            return self._turned(module, call, x, bias)
+        normalises = any(e.stage is Stage.WEIGHT_NORM for e in weights)
         streams: list[Tensor] = []
-        for edit in reversed(self.weights):
+        for edit in reversed(weights):
             streams.append(x)
             if edit.stage is Stage.WEIGHT_ROTATE:
                 x = edit.stream(x)
         streams.reverse()
         y, bias = self._start(module, call, x, bias, split_bias=normalises)
-        for index, (edit, stream) in enumerate(zip(self.weights, streams, strict=True)):
+        for index, (edit, stream) in enumerate(zip(weights, streams, strict=True)):
             if edit.stage is Stage.WEIGHT_ADD:
-                y = edit.onto(y, stream)
+                y = edit.join(y, edit.stream(stream)) if edit.gated else edit.onto(y, stream)
             elif edit.stage is Stage.WEIGHT_NORM:
-                y = y * self._row_scale(module, edit, index).to(y.dtype)
+                y = y * self._row_scale(module, edit, weights[:index]).to(y.dtype)
         return y if bias is None else y + bias
+
+    def _turned(
+        self, module: nn.Module, call: Callable[[Tensor], Any], x: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Rotations of slices: the rows of each once more, with the change of its stream."""
+        y, bias = self._start(module, call, x, bias, split_bias=False)
+        weight = dense_weight(module).to(x.dtype)
+        for edit in self.weights:
+            rows = gather_rows(weight, edit.rows, 0)
+            change = torch.nn.functional.linear(edit.stream(x) - x, rows)
+            y = y + scatter_rows(change, edit.rows)
+        return y if bias is None else y + bias
+
+    def _gated_module(self, call: Callable[[Tensor], Any], x: Tensor) -> Any:  # noqa: ANN401
+        """``y + sum of g (y with the edit - y)`` for gated edits of a norm's own tensors."""
+        result = call(x)
+        y = whole = _first(result)
+        for edit in self.gated_own:
+            self._running = edit
+            try:
+                y = y + edit.gate(x) * (_first(call(x)) - whole)
+            finally:
+                self._running = None
+        return _replace_first(result, y)
 
     def _start(
         self,
@@ -229,10 +291,12 @@ class Fold:
         y = call(x)
         return (y if frozen is None else y - frozen), _as(bias, x)
 
-    def _row_scale(self, module: nn.Module, edit: BoundEdit, index: int) -> Tensor:
+    def _row_scale(
+        self, module: nn.Module, edit: BoundEdit, before: list[BoundEdit]
+    ) -> Tensor:
         """``m / ||W||`` of the weight before this edit; the norm carries no gradient."""
         with torch.no_grad():
-            weight = gather_rows(self._fold_weight(module, self.weights[:index]), edit.rows, 0)
+            weight = gather_rows(self._fold_weight(module, before), edit.rows, 0)
         scale = edit.row_scale(weight)
         return scale if edit.rows is None else 1 + scatter_rows(scale - 1, edit.rows)
 
@@ -286,6 +350,10 @@ class Fold:
         edits = self.biases if name == "bias" else [
             e for e in self.weights if e.stage is Stage.WEIGHT_ADD
         ]
+        edits = [e for e in edits if not e.gated]
+        running = self._running
+        if running is not None and (running.stage is Stage.BIAS) == (name == "bias"):
+            edits.append(running)
         for edit in edits:
             tensor = tensor + edit.matrix(None, tensor.dtype)
         return tensor

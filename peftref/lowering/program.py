@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from peftref.backbone.site_table import RowSlice
-from peftref.ir.edits import EditPlan
+from peftref.ir.edits import EditPlan, Program
+from peftref.ir.pattern import low_rank
 from peftref.spec.typology import IntegrationKind
 
 if TYPE_CHECKING:
@@ -41,6 +42,24 @@ def scatter_rows(value: Tensor, rows: RowSlice | None, dim: int = -1) -> Tensor:
     return torch.nn.functional.pad(parts, padding).flatten(dim, dim + 1)
 
 
+class _Gate:
+    """The program of a gate, run on what the edit reads."""
+
+    def __init__(
+        self, program: Program, runtime: Runtime, fetch: tuple[Callable[[], Tensor], ...]
+    ) -> None:
+        self._fetch = fetch[len(fetch) - len(program.tensors) :]
+        self._forms = tuple(step.primitive.bind(runtime) for step in program.steps)
+        self._inputs = tuple(step.inputs for step in program.steps)
+        self._result = program.result
+
+    def __call__(self, x: Tensor) -> Tensor:
+        registers = [x, *(fetch().to(x.dtype) for fetch in self._fetch)]
+        for form, inputs in zip(self._forms, self._inputs, strict=True):
+            registers.append(form(*[registers[i] for i in inputs]))
+        return registers[self._result]
+
+
 class BoundEdit:
     """An edit with torch forms and tensors at hand.
 
@@ -64,11 +83,14 @@ class BoundEdit:
         self.kind = edit.write.kind
         self.rows = edit.write.site.rows
         self.draws = edit.write.algebra is not None and edit.write.algebra.random
+        self._runtime = runtime
         self.scale = (edit.write.scale if edit.write.scale is not None else 1.0) * scale
-        self._fetch = fetch
+        self._fetch = fetch[: len(edit.program.tensors)]
         self._result = edit.program.result
         self._inputs = tuple(step.inputs for step in edit.program.steps)
+        self._gate = None if edit.gate is None else _Gate(edit.gate, runtime, fetch)
         steps = edit.program.steps
+        self._links = [s.primitive for s in steps if not s.primitive.on_tensors]
         # A first step without tensors (a fold of the stream) does not know the type of its result.
         self._needs_identity = any(step.inputs == (0,) for step in steps)
         algebra = edit.write.algebra
@@ -89,8 +111,22 @@ class BoundEdit:
         value = self._run(self._stream, x, x.dtype)
         return value if self.scale == 1.0 else value * self.scale
 
+    @property
+    def gated(self) -> bool:
+        """Whether a gate scales the change that it makes."""
+        return self._gate is not None
+
+    def gate(self, x: Tensor) -> Tensor | float:
+        """What scales the change; 1 without a gate."""
+        return 1.0 if self._gate is None else self._gate(x)
+
     def onto(self, y: Tensor, x: Tensor) -> Tensor:
         """``y`` joined by ``s f(x)``; a last product adds into ``y`` by itself."""
+        if self._gate is not None:
+            gate = self._gate(x)
+            if self.kind in _ADDS:
+                return self.join(y, gate * self.stream(x))
+            return y + gate * (self.join(y, self.stream(x)) - y)
         if not self.edit.write.accumulates:
             return self.join(y, self.stream(x))
         registers = self._registers(self._stream[:-1], x, x.dtype)
@@ -102,7 +138,8 @@ class BoundEdit:
 
     def rows_of_tokens(self, like: Tensor) -> Tensor:
         """The learned rows of a source, in the type of ``like``; ``like`` feeds gates."""
-        return self.stream(like)
+        rows = self.stream(like)
+        return rows if self._gate is None else self._gate(like) * rows
 
     def matrix(self, before: Tensor | None, dtype: torch.dtype) -> Tensor:
         """``s M``: the matrix form, of the identity or of the weight ``before``."""
@@ -125,6 +162,38 @@ class BoundEdit:
             held = [registers[i] for i in step.inputs]
             weights.extend(tensor for tensor in held if tensor is not None)
         return tuple(weights)
+
+    @property
+    def dropout(self) -> float:
+        """Share of the input's entries that a low-rank edit drops now."""
+        thin = low_rank(self._links)
+        return thin.dropout if thin is not None and self._runtime.training else 0.0
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``A`` (r, d_in) and ``B`` (d_out, r) of a low-rank edit, in the type of its tensors.
+
+        The rows of ``B`` that a slice does not have are zeros; scales are left out.
+        """
+        thin = low_rank(self._links)
+        if thin is None:
+            raise TypeError(f"{self.edit.write.label}: is not of low rank")
+        registers: list[Tensor | None] = [None, *(fetch() for fetch in self._fetch)]
+        ends: list[Tensor] = []
+        link, value = 0, None
+        for form, step in zip(self._matrix, self.edit.program.steps, strict=True):
+            if step.primitive.on_tensors:
+                registers.append(form(*[registers[i] for i in step.inputs]))
+                continue
+            if link == thin.split and value is not None:
+                ends.append(value)
+                value = None
+            held = [registers[i] for i in step.inputs[1:]]
+            value = value if link < thin.start else form(value, *held)
+            registers.append(None)
+            link += 1
+        if value is None:
+            raise TypeError(f"{self.edit.write.label}: the program gave nothing")
+        return ends[0], scatter_rows(value, self.rows, 0)
 
     def row_scale(self, weight: Tensor) -> Tensor:
         """What a normalisation multiplies each row of ``weight`` by."""
@@ -152,7 +221,11 @@ class BoundEdit:
 
     def join_whole(self, x: Tensor) -> Tensor:
         """The sequential edit of a whole stream, as if no slice were selected."""
-        return x + self.stream(x) if self.kind in _ADDS else self.stream(x)
+        value = self.stream(x)
+        if self._gate is not None:
+            value = self._gate(x) * (value if self.kind in _ADDS else value - x)
+            return x + value
+        return x + value if self.kind in _ADDS else value
 
     def join_matrix(self, before: Tensor, dtype: torch.dtype) -> Tensor:
         """The matrix of a sequential edit joined to its stream, applied to ``before``."""

@@ -59,7 +59,8 @@ def root_class(base: type[nn.Module]) -> type[nn.Module]:
         if guard.no_cache:
             raise BackboneError(f"generate: {guard.no_cache}")
         if not guard.prompt:
-            return class_generate(base)(self, inputs, **kwargs)
+            given = () if inputs is None else (inputs,)  # not every class calls it `inputs`
+            return class_generate(base)(self, *given, **kwargs)
         return generate_with_prompt(self, guard, base, inputs, kwargs)
 
     def resize_token_embeddings(_: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, ARG001

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,9 +54,13 @@ class CallContext:
 
     Attributes:
         masks: padding masks by stack; None outside a call of the whole model.
+        hidden: by stack, the states that have left its layers so far, its input first.
+        collects: the stacks of which some edit reads them.
     """
 
     masks: dict[str, Tensor] | None = None
+    hidden: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])
+    collects: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -83,6 +87,7 @@ class AdapterState(nn.Module):
         self.puts: dict[str, Slot] = {}
         self.takes: Slot | None = None
         self.masked_block = False
+        self.collects: tuple[str, int] | None = None  # stack, and how often its layers run
         self._fold: Fold | None = None
         self._stale = True
         # The owner of shared tensors is registered on the root only: here it must be no child.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftref.errors import BackboneError
+from peftref.lowering.collect import collected
 from peftref.lowering.state import CHILD, AdapterState, CallContext
 
 __all__ = [
@@ -38,7 +39,10 @@ class Swapped:
         if state.masked_block and state.context.masks is not None:
             # As an argument of the call, so that a checkpoint hands it to the recomputation.
             kwargs[_MASKS] = dict(state.context.masks)
-        return super().__call__(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        call = super().__call__  # pyright: ignore[reportAttributeAccessIssue,reportUnknownVariableType]
+        if state.collects is None or state.collects[0] not in state.context.collects:
+            return call(*args, **kwargs)
+        return collected(self, state, call, args, kwargs)  # pyright: ignore[reportArgumentType]
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401 - pickle's own signature
         # The class is made at run time and has no importable name of its own.

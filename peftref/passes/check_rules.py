@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from peftref.backbone.site_table import RowSlice, SiteKind
 from peftref.errors import CompositionError
@@ -11,7 +12,7 @@ from peftref.ir.graph import AdapterGraph
 from peftref.ir.types import Stage, WriteNode
 from peftref.spec.typology import Port
 
-__all__ = ["CheckRules", "overlap"]
+__all__ = ["CheckRules", "overlap", "turns_slices"]
 
 Rule = Callable[[list[WriteNode]], Iterator[str]]
 
@@ -46,6 +47,13 @@ def overlap(first: RowSlice | None, second: RowSlice | None) -> bool:
         return True
     ends = first.start + first.length, second.start + second.length
     return first.start < ends[1] and second.start < ends[0]
+
+
+def turns_slices(writes: Sequence[WriteNode]) -> bool:
+    """Whether all that happens to a weight is one rotation for each of some of its slices."""
+    rotations = all(w.stage is Stage.WEIGHT_ROTATE and w.site.rows is not None for w in writes)
+    pairs = combinations(writes, 2)
+    return rotations and not any(overlap(a.site.rows, b.site.rows) for a, b in pairs)
 
 
 def _reads_a_stream(writes: list[WriteNode]) -> Iterator[str]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import combinations
 
 from peftref.errors import CompositionError
 from peftref.ir.device import DEVICES, Device
 from peftref.ir.graph import AdapterGraph
 from peftref.ir.pattern import chain_of
 from peftref.ir.types import Form, Stage, WriteNode
-from peftref.passes.check_rules import overlap
+from peftref.passes.check_rules import turns_slices
 from peftref.passes.price_forms import Priced, price_factored, price_formed
 
 __all__ = ["ChooseLowering"]
@@ -57,7 +56,7 @@ class ChooseLowering:
 
     def _choose(self, edits: list[Priced]) -> tuple[Form, str]:
         writes = [edit.write for edit in edits]
-        must_form = [w for w in writes if w.must_form] if not _turns_slices(writes) else []
+        must_form = [w for w in writes if w.must_form] if not turns_slices(writes) else []
         draws = [w for w in writes if w.gated or (w.algebra is not None and w.algebra.random)]
         if must_form and draws:
             what = "a gate" if draws[0].gated else "dropout"
@@ -103,9 +102,3 @@ def _signature(edit: Priced) -> tuple[object, ...]:
     links = tuple((op.name, repr(op.arguments), op.place) for op in edit.operations)
     return write.stage, write.gated, write.algebra, site.d_in, site.d_out, site.rows, links
 
-
-def _turns_slices(writes: list[WriteNode]) -> bool:
-    """Whether all that happens to a weight is one rotation for each of some slices."""
-    rotations = all(w.stage is Stage.WEIGHT_ROTATE and w.site.rows for w in writes)
-    pairs = combinations(writes, 2)
-    return rotations and not any(overlap(a.site.rows, b.site.rows) for a, b in pairs)

@@ -25,12 +25,21 @@ class DeriveProperties:
 
     def run(self, graph: AdapterGraph) -> str:
         on_weight = 0
+        normalised = {
+            (write.member, write.path) for _, write in graph.writes()
+            if write.port is Port.WEIGHT and write.kind is IntegrationKind.REPLACE
+        }
         for address, write in graph.writes():
-            algebra = self._algebra(graph, address)
+            algebra = self._algebra(graph, graph.value(address))
+            gate = graph.gate(address)
             stage = _stage(write, algebra)
-            if stage in _STREAMS and not algebra.stream:
+            if gate is not None:
+                together = (write.member, write.path) in normalised
+                stage = _gated_stage(write, stage, together=together)
+                algebra = _with_gate(algebra, self._algebra(graph, gate))
+            if stage in _STREAMS and not algebra.stream and gate is None:
                 raise _refuse(write, "a product of matrices has no activation form: it is added to "
-                              "the weight of a linear site, and takes no gate")
+                              "the weight of a linear site")
             on_weight += stage.on_weight
             graph.set(address, replace(write, algebra=algebra, stage=stage))
         return f"{on_weight} edits fold into a weight"
@@ -38,7 +47,7 @@ class DeriveProperties:
     @staticmethod
     def _algebra(graph: AdapterGraph, address: int) -> Algebra:
         known: dict[int, Algebra] = {}
-        for ancestor in graph.ancestors(address)[:-1]:
+        for ancestor in graph.ancestors(address):
             node = graph.node(ancestor)
             if isinstance(node, ReadNode):
                 known[ancestor] = IDENTITY
@@ -46,8 +55,7 @@ class DeriveProperties:
                 streams = [i for i in graph.inputs(ancestor) if i in known]
                 streams = [i for i in streams if not isinstance(graph.node(i), TensorNode)]
                 known[ancestor] = node.primitive.combine(tuple(known[i] for i in streams))
-        (value,) = graph.inputs(address)
-        return known[value]
+        return known[address]
 
 
 def _stage(write: WriteNode, algebra: Algebra) -> Stage:
@@ -89,6 +97,36 @@ def _stage(write: WriteNode, algebra: Algebra) -> Stage:
     if folds and write.site.kind is SiteKind.LINEAR and write.read is Port.INPUT:
         return Stage.WEIGHT_ADD
     return Stage.PARALLEL
+
+
+def _gated_stage(write: WriteNode, stage: Stage, *, together: bool) -> Stage:
+    """Where a gated edit stands: ``y + g (edit(y) - y)`` needs a stream to be gated.
+
+    An addition to a weight becomes a parallel write, a rotation an edit of the input; a
+    normalisation and a bias stay, the difference they make is gated; ``together`` with what the
+    same member adds to the weight that it normalises. Learned tokens have no stream.
+    """
+    if together and stage.on_weight and stage is not Stage.WEIGHT_ROTATE:
+        return stage
+    if write.positions is not None and stage is Stage.KEYS_VALUES:
+        raise _refuse(write, "every query sees all rows of a prefix: it has no positions")
+    if stage is Stage.TOKENS:
+        raise _refuse(write, "a prompt cannot be gated: a gate reads what the site reads, and an "
+                      "embedding reads token ids")
+    if stage is Stage.WEIGHT_ADD and write.site.kind is SiteKind.EMBEDDING:
+        raise _refuse(write, "the weight of an embedding cannot be gated: it reads token ids")
+    if stage is Stage.WEIGHT_ADD and write.site.kind is SiteKind.LINEAR:
+        return Stage.PARALLEL
+    if stage is Stage.WEIGHT_ROTATE:
+        return Stage.INPUT
+    return stage
+
+
+def _with_gate(algebra: Algebra, gate: Algebra) -> Algebra:
+    return replace(
+        algebra, per_sample=True, random=algebra.random or gate.random,
+        mixes_tokens=algebra.mixes_tokens or gate.mixes_tokens,
+    )
 
 
 def _sequence_stage(write: WriteNode, algebra: Algebra, *, sequential: bool) -> Stage:

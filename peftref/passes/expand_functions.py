@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from peftref.backbone.site_table import SiteKind
 from peftref.errors import CompositionError, SpecError
+from peftref.ir.gating import AtPositions, add_gate
 from peftref.ir.graph import AdapterGraph
 from peftref.ir.primitive import Place, TensorSpec
 from peftref.ir.types import FunctionNode, OperationNode, ReadNode, TensorNode, WriteNode
@@ -45,6 +46,8 @@ class ExpandFunctions:
             self._check_width(graph, result, write)
             graph.set_inputs(address, (result,))
             graph.remove(function)
+            if write.positions is not None:
+                self._restrict(graph, address, write, source)
             operations += len(graph.operations_of(address))
             tensors += len(graph.tensors_of(address))
         self._check_unique(graph)
@@ -106,6 +109,16 @@ class ExpandFunctions:
         for spec in primitive.tensors():
             inputs.append(graph.add(_tensor(spec, write)))
         return graph.add(OperationNode(primitive), tuple(inputs))
+
+    @staticmethod
+    def _restrict(graph: AdapterGraph, address: int, write: WriteNode, source: int) -> None:
+        """Let the edit act at its positions only."""
+        if write.positions is None:
+            return
+        stack = write.site.reads_stack
+        place = Place(1, 1, graph.table.hidden_size, stack=stack)
+        gate = OperationNode(AtPositions(write.positions.key, place))
+        add_gate(graph, address, graph.add(gate, (source,)))
 
     @staticmethod
     def _check_width(graph: AdapterGraph, result: int, write: WriteNode) -> None:

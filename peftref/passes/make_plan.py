@@ -20,8 +20,13 @@ def make_plan(graph: AdapterGraph, records: list[PassRecord], library: Library) 
     tensors: dict[str, PlannedTensor] = {}
     owners: dict[str, int] = {}
     for address, write in graph.writes():
-        program = _program(graph, address)
-        modules.setdefault(write.path, []).append(EditPlan(write, program))
+        gate = graph.gate(address)
+        edit = EditPlan(
+            write,
+            _program(graph, graph.value(address)),
+            None if gate is None else _program(graph, gate),
+        )
+        modules.setdefault(write.path, []).append(edit)
         for source, node in graph.tensors_of(address):
             if owners.setdefault(node.key, source) != source:
                 raise CompositionError(
@@ -44,8 +49,8 @@ def make_plan(graph: AdapterGraph, records: list[PassRecord], library: Library) 
     )
 
 
-def _program(graph: AdapterGraph, address: int) -> Program:
-    order = graph.ancestors(address)[:-1]
+def _program(graph: AdapterGraph, value: int) -> Program:
+    order = graph.ancestors(value)
     register = {a: 0 for a in order if isinstance(graph.node(a), ReadNode)}
     names: list[str] = []
     for a in order:
@@ -59,7 +64,6 @@ def _program(graph: AdapterGraph, address: int) -> Program:
         if isinstance(node, OperationNode):
             steps.append(Step(node.primitive, tuple(register[i] for i in graph.inputs(a))))
             register[a] = len(names) + len(steps)
-    (value,) = graph.inputs(address)
     return Program(tuple(names), tuple(steps), register[value])
 
 

@@ -72,6 +72,7 @@ class ResolveSites:
             order=order,
             after=module.after,
             key=_key(member, module.name, site),
+            positions=module.site.positions,
         )
         source = graph.add(ReadNode(site, read))
         function = graph.add(FunctionNode(module.function), (source,))

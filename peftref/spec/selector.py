@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from peftref.spec.base import Frozen
 from peftref.spec.typology import Port
 
-__all__ = ["SiteSelector", "is_site_pattern", "layers_of"]
+__all__ = ["Positions", "SiteSelector", "is_site_pattern", "layers_of"]
 
 _NAME = r"[a-z0-9_*]+\??"
 _PATH = rf"{_NAME}(?:\.{_NAME})*"
@@ -40,6 +40,37 @@ def layers_of(value: object) -> str | tuple[int, ...] | None:
     return tuple(plain) if plain and len(plain) == len(value) else None
 
 
+class Positions(Frozen):
+    """The tokens of a sequence at which a module acts; at all others nothing changes.
+
+    Padding does not count: ``first`` is the number of leading real tokens, ``last`` of trailing
+    ones, ``special`` adds the special tokens of the tokenizer ([CLS], [SEP], ...). A token that
+    is generated later is none of them: such a module acts while the input is read.
+    """
+
+    first: int = Field(default=0, ge=0)
+    last: int = Field(default=0, ge=0)
+    special: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:  # noqa: ANN401 - the loader's border
+        return {"special": True} if value == "special" else value
+
+    @model_validator(mode="after")
+    def _selects_something(self) -> Self:
+        if not (self.first or self.last or self.special):
+            raise ValueError("positions select no token: set first, last or special")
+        return self
+
+    @property
+    def key(self) -> str:
+        """A name that is the same for equal positions: ``first3+last1``."""
+        parts = [f"{name}{count}" for name, count in
+                 (("first", self.first), ("last", self.last)) if count]
+        return "+".join([*parts, *(["special"] if self.special else [])])
+
+
 class SiteSelector(Frozen):
     """A pattern over site roles, or a raw pattern over module paths.
 
@@ -49,6 +80,7 @@ class SiteSelector(Frozen):
     ``module`` is a regular expression that a dotted module path must match whole; a ``select``
     that starts with ``module:`` means it too, so that a parameter of type ``site`` reaches both.
     ``layers`` is ``"all"``, a list of indices (negative from the end) or a slice ``"0:6:2"``.
+    ``positions`` restricts the change to some tokens: ``{first: 3, last: 1}`` or ``special``.
     """
 
     select: str | None = None
@@ -56,6 +88,7 @@ class SiteSelector(Frozen):
     port: Port = Port.OUTPUT
     layers: Literal["all"] | str | tuple[int, ...] = "all"
     stack: Literal["encoder", "decoder"] | None = None
+    positions: Positions | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -20,13 +20,17 @@ class Workspace(StrEnum):
 
 
 class Port(StrEnum):
-    """A tensor of a site that can be read or written."""
+    """A tensor of a site that can be read or written.
+
+    ``hidden_states``: what all layers of a stack gave, its input first; read only.
+    """
 
     INPUT = "input"
     OUTPUT = "output"
     WEIGHT = "weight"
     BIAS = "bias"
     KEYS_VALUES = "keys_values"
+    HIDDEN_STATES = "hidden_states"
 
 
 class InsertionForm(StrEnum):

@@ -219,6 +219,9 @@ class _Reader:
                 yield replace(block, role="residual.ffn")
             else:
                 yield replace(norm, role="residual.ffn")
+        if layers:
+            yield Site("stack", name, None, list(layers)[-1], SiteKind.STACK, heads.hidden,
+                       heads.hidden)
         yield from self._sites(expand(stack.after), name, None, self.prefix, heads)
 
     def _sites(
