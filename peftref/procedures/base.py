@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
+from peftref.ir.plan import PlannedTensor
 from peftref.spec.base import Frozen
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ class Adapter(Protocol):
         ...
 
     @property
-    def members(self) -> Mapping[str, str]:
-        """The member that each tensor belongs to, by the tensor's name."""
+    def planned(self) -> Mapping[str, PlannedTensor]:
+        """What the plan says of each tensor, by the tensor's name."""
         ...
 
     def rest(self, names: Collection[str]) -> None:

@@ -142,8 +142,8 @@ class Phases(Procedure[PhasesArguments]):
 
     @staticmethod
     def _chosen(adapter: Adapter, entries: tuple[str, ...]) -> list[str]:
-        members = adapter.members
-        chosen = [name for name in adapter.trainable if matches(name, members[name], entries)]
+        planned = adapter.planned
+        chosen = [n for n in adapter.trainable if matches(n, planned[n].member, entries)]
         return chosen + (list(adapter.head) if HEAD in entries else [])
 
     def before_step(self, adapter: Adapter, step: int, total: int) -> None:

@@ -1,55 +1,95 @@
-"""Masks are computed once, before training."""
+"""Masks are chosen once: before training, or when a phase begins."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from peftref.errors import TrainingError
+from peftref.errors import CompositionError, TrainingError, unknown_name
 from peftref.procedures.base import Adapter, Procedure, ProcedureArguments
+from peftref.pruning.groups import Granularity, Groups, best, er_densities
+from peftref.pruning.scores import FROM_DATA, OF_PRODUCTS, Data, score
 from peftref.registry import procedures
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PruneProcedure", "PruneProcedureArguments", "er_densities"]
+__all__ = ["PruneProcedure", "PruneProcedureArguments"]
 
-_MASK = "_mask"
+SETUP = "setup"
 
 
 class PruneProcedureArguments(ProcedureArguments):
-    """As the coupling ``prune``; ``members``: comma-separated."""
+    """As the coupling ``prune``; ``members``: comma-separated; ``mask``: ending of its masks."""
 
     members: str
-    criterion: Literal["magnitude", "snip", "random", "er"]
+    mask: str
+    criterion: Literal[
+        "magnitude", "snip", "random", "er", "grasp", "fisher", "gradient", "first_order",
+        "importance",
+    ]
     keep: float = Field(gt=0.0, le=1.0)
+    count: int | None = Field(default=None, gt=0)
     scope: Literal["global", "local"] = "global"
+    granularity: Granularity = "entry"
+    pieces: int = Field(default=1, gt=0)
+    when: str = SETUP
+    per: Literal["example", "batch"] = "example"
     batches: int = Field(default=4, gt=0)
 
 
 @procedures.register("prune")
 class PruneProcedure(Procedure[PruneProcedureArguments]):
-    """Keep the ``keep`` share of entries with the highest score; exactly, ties by a fixed draw.
+    """Keep the groups of entries with the highest score; exactly so many, ties by a fixed draw.
 
-    Scores: ``magnitude`` |w|; ``snip`` |w * dL/dw| over batches; ``random`` uniform; ``er``
-    random with a density per tensor proportional to (n + m) / (n m). SparseAdapter, He et al.
-    2022, https://arxiv.org/abs/2210.04284
+    SparseAdapter, He et al. 2022, https://arxiv.org/abs/2210.04284; `peftref.pruning.scores` has
+    the criteria. ``er`` is random with a density per tensor proportional to (n + m) / (n m).
+    ``first_order`` is ``-w g`` summed over the steps before the phase ``when``: by how much the
+    loss would rise without the change w (Lawton et al. 2023, https://arxiv.org/abs/2305.16597).
     """
 
     name = "prune"
     Arguments = PruneProcedureArguments
 
+    def __init__(self, arguments: PruneProcedureArguments) -> None:
+        super().__init__(arguments)
+        self._sums: dict[str, Tensor] = {}
+        self._chosen = False
+
+    @property
+    def _from_data(self) -> bool:
+        return self.arguments.criterion in FROM_DATA
+
     @property
     def needs_data(self) -> bool:
-        return self.arguments.criterion == "snip"
+        return self._from_data and self.arguments.when == SETUP
+
+    def needs_data_at(self, phase: str) -> bool:
+        return self._from_data and self.arguments.when == phase
+
+    @property
+    def batches(self) -> int:
+        return self.arguments.batches if self._from_data else 1
 
     @property
     def per_step(self) -> bool:
-        return False
+        return self.arguments.when != SETUP
+
+    def check(self, members: Sequence[str], others: Sequence[Procedure[Any]]) -> None:
+        a = self.arguments
+        # Phases of any training that has a step for each of them.
+        known = [phase.name for other in others for phase in other.phases(10**9)]
+        if a.when != SETUP and a.when not in known:
+            raise CompositionError("prune: when: " + unknown_name("phase", a.when, [SETUP, *known]))
+        if a.criterion == "first_order" and a.when == SETUP:
+            raise CompositionError(
+                "prune: criterion first_order is summed up over training; give 'when' a phase"
+            )
+        if a.criterion == "er" and (a.granularity != "entry" or a.count is not None):
+            raise CompositionError("prune: criterion er gives a density for entries: no granularity"
+                                   " but entry, and no count")
 
     def setup(
         self,
@@ -57,104 +97,102 @@ class PruneProcedure(Procedure[PruneProcedureArguments]):
         batches: Iterable[Mapping[str, Any]],
         forward: Callable[[Mapping[str, Any]], Tensor],
     ) -> None:
-        import torch
+        if self.arguments.when == SETUP:
+            self._choose(adapter, self._data(batches, forward))
 
+    def before_phase(
+        self,
+        adapter: Adapter,
+        phase: str,
+        batches: Iterable[Mapping[str, Any]],
+        forward: Callable[[Mapping[str, Any]], Tensor],
+    ) -> None:
+        if self.arguments.when == phase:
+            self._choose(adapter, self._data(batches, forward))
+            self._sums, self._chosen = {}, True
+
+    def _data(self, batches: Iterable[Mapping[str, Any]],
+              forward: Callable[[Mapping[str, Any]], Tensor]) -> Data:
+        by_example = self.arguments.per == "example"
+        return Data(batches, forward, self.arguments.batches, by_example)
+
+    def after_backward(self, adapter: Adapter, step: int, total: int) -> None:
+        if self.arguments.criterion != "first_order" or self._chosen:
+            return
+        neutral = self._neutral(adapter)
+        for name, tensor in self._masked(adapter).items():
+            if tensor.grad is not None:
+                fall = (neutral[name] - tensor.detach()) * tensor.grad
+                self._sums[name] = self._sums[name] + fall if name in self._sums else fall
+
+    def _masked(self, adapter: Adapter) -> dict[str, Tensor]:
         tensors = adapter.tensors(tuple(self.arguments.members.split(",")))
-        masked = {n: t for n, t in tensors.items() if f"{n}{_MASK}" in tensors}
-        scores = self._scores(masked, batches, forward)
-        dead = [name for name, score in scores.items() if not bool((score != 0).any())]
-        if dead and self.arguments.scope == "global":
-            raise TrainingError(
-                f"prune: every {self.arguments.criterion} score of {dead[0]!r} is zero (its "
-                "tensor or its partner is zero at first), so the whole tensor would be cut; "
-                "use criterion random or er, scope local, or an initialiser without zeros"
-            )
-        if self.arguments.criterion == "er":
-            groups = [{name: scores[name]} for name in scores]
-            keeps = er_densities([t.shape for t in masked.values()], self.arguments.keep)
-        elif self.arguments.scope == "local":
-            groups = [{name: scores[name]} for name in scores]
-            keeps = [self.arguments.keep] * len(groups)
+        return {n: t for n, t in tensors.items() if f"{n}{self.arguments.mask}" in tensors}
+
+    @staticmethod
+    def _neutral(adapter: Adapter) -> dict[str, float]:
+        """The value at which an entry changes nothing: one for a scale, else zero."""
+        return {n: float(planned.spec.init == "ones") for n, planned in adapter.planned.items()}
+
+    def _choose(self, adapter: Adapter, data: Data) -> None:
+        import torch
+
+        a = self.arguments
+        masked, groups = self._masked(adapter), Groups(a.granularity, a.pieces)
+        for name, tensor in masked.items():
+            groups.check(name, tuple(tensor.shape))
+        if a.criterion == "first_order":
+            zero = {name: torch.zeros_like(tensor) for name, tensor in masked.items()}
+            scores = {n: groups.sums(self._sums.get(n, zero[n])) for n in masked}
         else:
-            groups, keeps = [scores], [self.arguments.keep]
-        with torch.no_grad():
-            for group, keep in zip(groups, keeps, strict=True):
-                for name, mask in top_entries(group, keep).items():
-                    tensors[f"{name}{_MASK}"].copy_(mask)
+            scores = score(a.criterion, masked, self._neutral(adapter), groups, data)
+        self._refuse_dead(scores)
+        everything = adapter.tensors()
+        alive = {n: groups.sums(_others(everything, n, a.mask, t)) for n, t in masked.items()}
+        for names, keep in self._budgets(masked):
+            own, can = ({n: each[n] for n in names} for each in (scores, alive))
+            for name, chosen in best(own, can, keep, a.count).items():
+                with torch.no_grad():
+                    mask = everything[f"{name}{a.mask}"]
+                    mask.copy_(groups.spread(chosen, mask))
 
-    def _scores(
-        self,
-        masked: Mapping[str, Tensor],
-        batches: Iterable[Mapping[str, Any]],
-        forward: Callable[[Mapping[str, Any]], Tensor],
-    ) -> dict[str, Tensor]:
-        import torch
+    def _budgets(self, masked: Mapping[str, Tensor]) -> list[tuple[list[str], float]]:
+        """Tensors that are ranked together, and the share of them that is kept."""
+        if self.arguments.criterion == "er":
+            keeps = er_densities([tuple(t.shape) for t in masked.values()], self.arguments.keep)
+            return [([name], keep) for name, keep in zip(masked, keeps, strict=True)]
+        if self.arguments.scope == "local":
+            return [([name], self.arguments.keep) for name in masked]
+        return [(list(masked), self.arguments.keep)]
 
-        if self.arguments.criterion == "magnitude":
-            return {name: tensor.detach().abs() for name, tensor in masked.items()}
-        if self.arguments.criterion == "snip":
-            return self._sensitivity(masked, batches, forward)
-        generator = torch.Generator().manual_seed(0)
-        return {
-            name: torch.rand(tensor.shape, generator=generator).to(tensor.device) + 1e-9
-            for name, tensor in masked.items()
-        }
-
-    def _sensitivity(
-        self,
-        masked: Mapping[str, Tensor],
-        batches: Iterable[Mapping[str, Any]],
-        forward: Callable[[Mapping[str, Any]], Tensor],
-    ) -> dict[str, Tensor]:
-        import torch
-
-        names, tensors = list(masked), list(masked.values())
-        totals = [torch.zeros_like(tensor) for tensor in tensors]
-        seen = 0
-        for batch in islice(batches, self.arguments.batches):
-            gradients = torch.autograd.grad(
-                forward(batch), tensors, allow_unused=True, materialize_grads=True
+    def _refuse_dead(self, scores: Mapping[str, Tensor]) -> None:
+        """Before training a tensor that is zero has no scores, and would be cut as a whole."""
+        a = self.arguments
+        if a.when != SETUP or a.scope != "global" or a.criterion not in OF_PRODUCTS:
+            return
+        dead = [name for name, each in scores.items() if not bool((each != 0).any())]
+        if dead:
+            raise TrainingError(
+                f"prune: every {a.criterion} score of {dead[0]!r} is zero (its tensor or its "
+                "partner is zero at first), so the whole tensor would be cut; use criterion "
+                "random or er, scope local, or an initialiser without zeros"
             )
-            for total, gradient in zip(totals, gradients, strict=True):
-                total += gradient
-            seen += 1
-        if not seen:
-            raise TrainingError("prune: criterion snip needs at least one labelled batch")
-        return {
-            name: (tensor.detach() * total).abs()
-            for name, tensor, total in zip(names, tensors, totals, strict=True)
-        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._sums, "chosen": self._chosen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        held = dict(state)
+        self._chosen = bool(held.pop("chosen", False))
+        self._sums = held
 
 
-def top_entries(scores: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]:
-    """Return 0/1 masks that keep exactly ``round(keep * N)`` of all N entries together."""
+def _others(tensors: Mapping[str, Tensor], name: str, mask: str, like: Tensor) -> Tensor:
+    """What the other masks of a tensor leave of it."""
     import torch
 
-    flat = torch.cat([score.flatten() for score in scores.values()])
-    count = max(1, round(keep * flat.numel()))
-    chosen = torch.zeros_like(flat)
-    # Of equal scores a fixed random choice stays: by position, a tensor without scores (LoRA's
-    # zero factor) would lose whole rows.
-    order = torch.randperm(flat.numel(), generator=torch.Generator().manual_seed(0))
-    order = order.to(flat.device)
-    best = torch.sort(flat[order], descending=True, stable=True).indices[:count]
-    chosen[order[best]] = 1
-    parts = chosen.split([score.numel() for score in scores.values()])
-    return {n: p.view_as(s) for (n, s), p in zip(scores.items(), parts, strict=True)}
-
-
-def er_densities(shapes: list[tuple[int, ...]], keep: float) -> list[float]:
-    """Return Erdos-Renyi densities: min(1, e (n + m) / (n m)), with the total equal to ``keep``."""
-    sizes = [math.prod(shape) for shape in shapes]
-    raw = [sum(shape[-2:]) / math.prod(shape[-2:]) for shape in shapes]
-    dense: set[int] = set()
-    while True:
-        wanted = keep * sum(sizes) - sum(sizes[i] for i in dense)
-        free = [i for i in range(len(shapes)) if i not in dense]
-        if not free:
-            return [1.0] * len(shapes)
-        epsilon = wanted / sum(raw[i] * sizes[i] for i in free)
-        over = {i for i in free if epsilon * raw[i] > 1}
-        if not over:
-            return [1.0 if i in dense else max(0.0, epsilon * raw[i]) for i in range(len(shapes))]
-        dense |= over
+    left = torch.ones_like(like)
+    for key, tensor in tensors.items():
+        if key.startswith(f"{name}_mask") and key != f"{name}{mask}":
+            left = left * tensor.to(left.dtype)
+    return left.detach()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peftref.errors import ArtifactError, TrainingError
+from peftref.ir.plan import PlannedTensor
 
 __all__ = ["HEAD_RATE", "HeadOnly"]
 
@@ -30,7 +31,7 @@ class HeadOnly:
     name = "none"
     trainable: Mapping[str, nn.Parameter] = {}
     procedures: tuple[Any, ...] = ()
-    members: Mapping[str, str] = {}
+    planned: Mapping[str, PlannedTensor] = {}
 
     def __init__(self, model: PreTrainedModel, head_modules: Iterable[str]) -> None:
         self.model = model

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from peftref.errors import TrainingError
+from peftref.ir.plan import PlannedTensor
 from peftref.lowering.attach import root_state
 from peftref.procedures.base import Phase, Procedure
 from peftref.training.schedule import joined_schedule
@@ -46,7 +47,7 @@ class Trained(Protocol):
     @property
     def head(self) -> Mapping[str, nn.Parameter]: ...
     @property
-    def members(self) -> Mapping[str, str]: ...
+    def planned(self) -> Mapping[str, PlannedTensor]: ...
     def rest(self, names: Collection[str]) -> None: ...
     @property
     def procedures(self) -> Sequence[Procedure[Any]]: ...

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import peftref
 from peftref.backbone.hf import meta_model
-from peftref.procedures.prune import er_densities
+from peftref.pruning.groups import er_densities
 from tests.backbone.tiny import inputs, tiny, tiny_config
 from tests.parity.peft_pairs import gradients, logits
 from tests.parity.plain_bert import Change, bottleneck, classify, tensors_under

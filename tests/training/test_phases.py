@@ -133,7 +133,7 @@ def test_members_keep_their_phases_under_other_names(tmp_path: Path) -> None:
     parts = [{"name": "a", "train": ["lora"]}, {"name": "b", "rewind": ["lora:down*", "head"]}]
     (tmp_path / "parts.yaml").write_text(json.dumps(composition(parts)))
     outer = {"composition": "outer", "members": [
-        {"name": "own", "use": str(tmp_path / "parts.yaml")}, {"name": "lora", "use": "ia3"}]}
+        {"name": "own", "use": repr(str(tmp_path / "parts.yaml"))}, {"name": "lora", "use": "ia3"}]}
     found: Any = peftref.load(outer).procedures[0].arguments["phases"]
     assert [part.get("train") for part in found] == [["own"], None]
     assert found[1]["rewind"] == ["own:down*", "head"]

@@ -1,0 +1,1 @@
+"""Which entries of tensors are worth keeping: scores, groups of entries, exact choice."""
