@@ -9,10 +9,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from peftref.adapted import Adapted
-from peftref.artifact import read
+from peftref.artifact import Artifact, read
+from peftref.backbone.family import Family, read_family
 from peftref.backbone.hf import site_table, weight_hash
 from peftref.backbone.site_table import SiteTable
-from peftref.errors import ArtifactError, PeftRefError
+from peftref.errors import ArtifactError, PeftRefError, SpecError
 from peftref.ir.device import DEVICES, Device, device_named
 from peftref.ir.graph import AdapterGraph
 from peftref.ir.plan import Plan
@@ -24,11 +25,13 @@ from peftref.passes.pipelines import default_passes
 from peftref.registry import couplings, primitives, procedures
 from peftref.spec import load
 from peftref.spec.composition import CompositionSpec
+from peftref.spec.loader import node_of, validated
 from peftref.spec.technique import TechniqueSpec
 
 __all__ = ["attach", "compile", "compile_table", "load", "restore"]
 
 Source = str | Mapping[str, Any] | TechniqueSpec | CompositionSpec
+Sites = str | Path | Family
 
 
 Observer = Callable[[str, AdapterGraph], None]
@@ -52,6 +55,7 @@ def compile(  # noqa: A001
     model: PreTrainedModel,
     *,
     tokens: int = 1024,
+    sites: Sites | None = None,
     device: str | None = None,
     observe: Observer | None = None,
 ) -> Plan:
@@ -62,6 +66,7 @@ def compile(  # noqa: A001
         model: the backbone; it may be on the meta device. What is attached to it already is
             not seen.
         tokens: tokens a step, for the choice of lowering.
+        sites: the model's site row, or its file; None: the built-in row, else an inferred one.
         device: name of the device that the choice is made for (``cpu``, ``h100``, ``a100``);
             None: the one that the model is on.
         observe: sees the name of each pass and the graph after it.
@@ -73,10 +78,12 @@ def compile(  # noqa: A001
         SpecError: the spec is wrong.
         CompositionError: it has no sound meaning.
         BackboneError: the backbone lacks what it needs.
+        SitesError: the backbone's sites are not known, and not inferred with certainty.
     """
     composition = load(spec)
     strict = any(m.site.module is None for t in composition.members for m in t.technique.modules)
-    table = site_table(model, strict=strict)
+    row = read_family(sites) if isinstance(sites, str | Path) else sites
+    table = site_table(model, row, strict=strict)
     where = device_of(model) if device is None else device_named(device)
     dtype = str(model.dtype).removeprefix("torch.")
     return compile_table(
@@ -102,7 +109,12 @@ def compile_table(
 
 
 def attach(
-    model: PreTrainedModel, plan: Plan | Source, *, name: str = "default", seed: int = 0
+    model: PreTrainedModel,
+    plan: Plan | Source,
+    *,
+    name: str = "default",
+    seed: int = 0,
+    sites: Sites | None = None,
 ) -> Adapted:
     """Apply a plan to a model in place.
 
@@ -114,6 +126,7 @@ def attach(
         plan: a plan, or anything that ``load`` takes.
         name: name of the adapter.
         seed: of the initial values.
+        sites: as for ``compile``; a plan has its sites already.
 
     Returns:
         The handle to train, merge, save and detach.
@@ -122,7 +135,9 @@ def attach(
         BackboneError: the model cannot take it; nothing is changed then.
     """
     if not isinstance(plan, Plan):
-        plan = compile(plan, model)
+        plan = compile(plan, model, sites=sites)
+    elif sites is not None:
+        raise SpecError("sites has no effect on a plan: give it to compile")
     adapted = Adapted(model, attach_plan(model, plan, name, seed), seed)
     try:
         adapted.setup_without_data()
@@ -130,6 +145,16 @@ def attach(
         adapted.detach()
         raise
     return adapted
+
+
+def _stored_row(artifact: Artifact) -> Family | None:
+    stored = artifact.info.get("sites")
+    if stored is None:
+        return None
+    try:
+        return validated(Family, node_of(stored))
+    except SpecError as error:
+        raise ArtifactError(f"{artifact.path}: its site row is wrong: {error}") from error
 
 
 def restore(
@@ -164,7 +189,7 @@ def restore(
             f"{artifact.info['backbone'].get('dtype')}); in Python, restore(..., "
             "check_backbone=False) skips this check"
         )
-    plan = compile(artifact.composition, model)
+    plan = compile(artifact.composition, model, sites=_stored_row(artifact))
     planned = {t.name for t in plan.tensors if t.spec.trainable or t.spec.buffer}
     odd = sorted(planned ^ set(artifact.tensors))
     if odd:

@@ -62,9 +62,11 @@ def _info(adapted: Adapted, metadata: Mapping[str, Any]) -> dict[str, Any]:
         "hash": root.weight_hash,
     }
     packages = ("peftref", "torch", "transformers")
+    row = adapted.plan.table.row
     return {
         "composition": adapted.plan.composition.model_dump(mode="json"),
         "backbone": backbone,
+        **({} if row is None else {"sites": row.model_dump(mode="json", exclude_none=True)}),
         "seed": adapted.seed,
         "trainable_parameters": adapted.plan.trainable_parameters,
         "plugins": [path.name for path in loaded_plugins()],

@@ -12,12 +12,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain, count
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from peftref import __version__
-from peftref.errors import PeftRefError, SpecError
+from peftref.errors import PeftRefError, SitesError, SpecError
 from peftref.registry import load_plugin
 
 __all__ = ["VERBS", "main"]
@@ -48,9 +50,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("PEFTREF_DEBUG"):
             raise
         sys.stderr.write(f"error: {error}\n")
+        if isinstance(error, SitesError):
+            sys.stderr.write(_save_draft(error))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _save_draft(error: SitesError) -> str:
+    """Write the draft of a site row into this folder, beside any that is there; say where."""
+    ends = chain([""], (f"-{number}" for number in count(2)))
+    names = (f"sites-{error.model_type}{end}.yaml" for end in ends)
+    try:
+        path = next(path for path in map(Path, names) if not path.exists()
+                    or path.read_text(encoding="utf-8") == error.draft)
+        path.write_text(error.draft, encoding="utf-8")
+    except OSError as problem:
+        return f"A draft of a row could not be written here: {problem.strerror}\n"
+    return f"A draft of a row is in {path}: correct it and give it with --sites {path}\n"
 
 
 def _load_plugins(words: Sequence[str]) -> list[str]:

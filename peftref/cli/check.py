@@ -10,7 +10,7 @@ import typer
 from pydantic import BaseModel
 
 from peftref.cli.style import note, print_json, print_text
-from peftref.errors import Mark, PeftRefError, SpecError
+from peftref.errors import Mark, PeftRefError, SitesError, SpecError
 from peftref.registry import Registry, couplings, primitives, procedures
 from peftref.spec import load
 from peftref.spec.composition import CompositionSpec
@@ -32,6 +32,9 @@ def command(
         str | None,
         typer.Option(metavar="PATH", help="Model: a folder, a hub name, minilm."),
     ] = None,
+    sites: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Site row of the backbone, corrected.")
+    ] = None,
     task: Annotated[TaskName, typer.Option(help="Head of the backbone.")] = "features",
     json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
 ) -> None:
@@ -39,13 +42,17 @@ def command(
 
     All are checked, also after the first that is wrong. Exit code 2 if any is.
     """
-    compiled = _compiler(backbone, task) if backbone is not None else None
+    if backbone is None and sites is not None:
+        raise SpecError("--sites describes a backbone: give --backbone PATH too")
+    compiled = _compiler(backbone, task, sites) if backbone is not None else None
     results: list[dict[str, object]] = []
     for source in specifications:
         try:
             spec, found = _found(source)
             if compiled is not None and spec is not None:
                 found += f"; {compiled(spec)}"
+        except SitesError:
+            raise  # nothing can be right for a backbone whose sites are not known
         except PeftRefError as error:
             results.append({"source": source, "valid": False, "message": str(error)})
         else:
@@ -55,7 +62,9 @@ def command(
         raise typer.Exit(2)
 
 
-def _compiler(backbone: str, task: TaskName) -> Callable[[CompositionSpec], str]:
+def _compiler(
+    backbone: str, task: TaskName, sites: Path | None
+) -> Callable[[CompositionSpec], str]:
     """Return a function that compiles for the backbone and says how much is trained."""
     from peftref.backbone.hf import meta_model
     from peftref.compiler import compile as compile_plan
@@ -63,7 +72,7 @@ def _compiler(backbone: str, task: TaskName) -> Callable[[CompositionSpec], str]
     model = meta_model(backbone, task)
 
     def compiled(spec: CompositionSpec) -> str:
-        plan = compile_plan(spec, model)
+        plan = compile_plan(spec, model, sites=sites)
         return f"{plan.trainable_parameters:,} trainable parameters"
 
     return compiled

@@ -31,6 +31,9 @@ def command(
     backbone: Annotated[
         str | None, typer.Option(help="Folder or hub name of the backbone; 'minilm'.")
     ] = None,
+    sites: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Site row of the backbone, corrected.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Data set: file, folder or name.")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Candidates to train.")] = None,
     budget: Annotated[
@@ -61,6 +64,7 @@ def command(
         "backbone": backbone, "data": data, "seed": seed, "search.trials": trials,
         "search.budget": budget, "search.max_parameters": max_params, "search.workers": workers,
         "output": str(output) if output is not None else None,
+        "sites": str(sites) if sites is not None else None,
     }
     _search(load_run(file or run, space, flags, assignments or []), json=json)
 

@@ -32,6 +32,9 @@ def command(
     backbone: Annotated[
         str | None, typer.Option(help="Folder or hub name of the backbone; 'minilm'.")
     ] = None,
+    sites: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Site row of the backbone, corrected.")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="File, folder, 'trec6', or a data set's hub name.")
     ] = None,
@@ -59,7 +62,7 @@ def command(
         run, composition = Path(composition), None
     flags: dict[str, object] = {
         "composition": composition, "backbone": backbone, "data": data, "output": output,
-        "steps": steps, "seed": seed,
+        "steps": steps, "seed": seed, "sites": None if sites is None else str(sites),
     }
     if run is None:
         given = {name for name, value in flags.items() if value is not None}

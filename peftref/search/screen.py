@@ -26,7 +26,7 @@ class BackboneScreen(Screen):
     """
 
     def __init__(self, run: SearchRun) -> None:
-        self._table = site_table(_skeleton(run))
+        self._table = site_table(_skeleton(run), run.sites)
         self._servable = run.search.servable
         self.layers = max(self._table.layers.values())
         self.parameters = self._table.frozen_parameters

@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from peftref.artifact import read
 from peftref.backbone import hf
+from peftref.backbone.family import families
 from peftref.compiler import attach
 from peftref.errors import ArtifactError, TrainingError
 from peftref.spec import load
@@ -127,6 +128,10 @@ class TrainingSession:
         ]
         if self.max_length < self.settings.max_length:
             cut.append(f"the backbone has positions for {self.max_length} tokens only")
+        kind = self.model.config.model_type
+        if self.settings.sites is None and kind not in families():
+            cut.append(f"no built-in row describes {kind!r}, so its sites are inferred: peftref "
+                       f"show --backbone {self.settings.backbone} prints them")
         return (*self.data.notes, *self.backbone.notes, *cut)
 
     def encoded(self, split: str) -> Encoded:
@@ -232,7 +237,7 @@ class TrainingSession:
         self._head.reset(self.model, order.seed)
         adapted = (
             HeadOnly(self.model, hf.head_modules(self.model)) if order.composition is None
-            else attach(self.model, order.composition, seed=order.seed)
+            else attach(self.model, order.composition, seed=order.seed, sites=self.settings.sites)
         )
         try:
             yield adapted

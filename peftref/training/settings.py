@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from peftref.backbone.family import Family, read_family
 from peftref.errors import SpecError
 from peftref.spec.base import Frozen, Scalar
 from peftref.spec.loader import Node, node_of, parse_value, read_yaml, to_text, validated
@@ -81,9 +82,16 @@ class EvaluationSettings(Frozen):
         return frozenset({max(1, math.ceil(fraction * total)) for fraction in self.at} | {total})
 
 
+def _row(value: Any) -> Any:  # noqa: ANN401 - the loader's border
+    """Read the file, so that what is saved with a run stays right when the file changes."""
+    return read_family(Path(value).expanduser()) if isinstance(value, str) else value
+
+
 class RunSettings(Frozen):
     """Everything that determines a training run.
 
+    ``sites`` is the site row of the backbone or the path of its file; None takes the built-in one
+    of its type or infers it.
     ``learning_rate`` None takes each technique's own default; ``head_learning_rate`` None is 0.01
     for a new head on pooled vectors and else the composition's. ``composition`` None trains the
     task head alone. ``arguments`` sets any field of transformers' ``TrainingArguments`` that
@@ -92,6 +100,9 @@ class RunSettings(Frozen):
     """
 
     backbone: str
+    sites: Annotated[
+        Family | None, BeforeValidator(_row, json_schema_input_type=Family | str | None)
+    ] = None
     data: DataSettings
     composition: str | Mapping[str, Any] | None = None
     task: Task = "auto"

@@ -54,6 +54,9 @@ def site_table(
         SitesError: no row for the model type, and none is inferred with certainty.
     """
     if family is not None:
+        if model.config.model_type not in family.families:
+            raise BackboneError(f"The site row is for {', '.join(family.families)}, the model is "
+                                f"of type {model.config.model_type!r}")
         return replace(_Reader(model, family).table(), row=family)
     row = families().get(model.config.model_type)
     if row is not None:
