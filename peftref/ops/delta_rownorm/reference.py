@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from peftref.ops.sums import wide
 
 __all__ = ["delta_rownorm"]
 
 
-def delta_rownorm(weight: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> Tensor:
-    """Return ``||W + s B A||`` of every row (d_out,), in float32 or wider; no gradient.
+def delta_rownorm(
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scale: Tensor,
+    squares: Tensor | None = None,  # noqa: ARG001 - as the kernels
+) -> Tensor:
+    """Return ``||W + s B A||`` of every row (d_out,), in float32 or wider.
 
     Args:
-        weight: ``W`` (d_out, d_in).
+        weight: ``W`` (d_out, d_in), frozen.
         down: ``A`` (r, d_in).
         up: ``B`` (d_out, r).
-        scale: ``s``, of one element.
+        scale: ``s`` (), a constant.
+        squares: ``||W||^2`` (d_out,) if it is known; the definition has no use for it.
     """
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    with torch.no_grad():
-        formed = weight.to(wide) + scale.to(wide) * (up.to(wide) @ down.to(wide))
-        return formed.norm(dim=1)
+    dtype = wide(weight, down, up)
+    delta = scale.to(dtype) * (up.to(dtype) @ down.to(dtype))
+    return (weight.to(dtype) + delta).norm(dim=1)

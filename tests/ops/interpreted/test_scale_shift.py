@@ -7,7 +7,6 @@ import torch
 
 from peftref.ops.scale_shift import cpu, reference, triton
 
-
 SHAPES = [((1, 1), True), ((3, 17, 133), True), ((20, 64), False)]
 
 
