@@ -105,6 +105,11 @@ def _xavier_normal(shape: tuple[int, ...], _: float, generator: torch.Generator)
     return _normal(shape, math.sqrt(2 / (shape[-1] + shape[-2])), generator)
 
 
+def _paired(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
+    """Rows uniform in +-bound, each twice."""
+    return _uniform(bound, (shape[0] // 2, *shape[1:]), generator).repeat_interleave(2, 0)
+
+
 _DRAWS: dict[str, Draw] = {
     "zeros": lambda shape, value, generator: torch.zeros(shape),
     "ones": lambda shape, value, generator: torch.ones(shape),
@@ -115,6 +120,8 @@ _DRAWS: dict[str, Draw] = {
     "kaiming_uniform": _kaiming,
     "kaiming_uniform_relu": _kaiming_relu,
     "xavier_uniform": _xavier,
+    "eye": lambda shape, value, generator: torch.eye(*shape[-2:]).expand(shape).clone(),
+    "paired_uniform": _paired,
     "xavier_normal": _xavier_normal,
 }
 

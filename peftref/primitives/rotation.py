@@ -25,10 +25,14 @@ __all__ = ["Rotation", "RotationArguments"]
 
 
 class RotationArguments(Arguments):
-    """``block``: width of a block; it must divide the width that is rotated."""
+    """``block``: width of a block, which divides the width that is rotated.
+
+    ``block_share``: all blocks are one.
+    """
 
     kind: Literal["block"] = "block"
     block: int = Field(default=32, gt=1)
+    block_share: bool = False
     share: str | None = None
 
 
@@ -59,7 +63,7 @@ class Rotation(Primitive[RotationArguments]):
 
     def tensors(self) -> tuple[TensorSpec, ...]:
         b = self.arguments.block
-        shape = (self.blocks, b * (b - 1) // 2)
+        shape = (1 if self.arguments.block_share else self.blocks, b * (b - 1) // 2)
         return (TensorSpec(self.label, shape, "zeros", share=self.arguments.share),)
 
     def algebra(self) -> Algebra:
@@ -77,6 +81,7 @@ class Rotation(Primitive[RotationArguments]):
         import torch
 
         b = self.arguments.block
+        entries = entries.expand(self.blocks, -1)
         rows, columns = torch.triu_indices(b, b, 1, device=entries.device)
         skew = entries.new_zeros(self.blocks, b, b, dtype=torch.promote_types(
             entries.dtype, torch.float32))

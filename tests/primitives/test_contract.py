@@ -39,7 +39,20 @@ class TestElementwise(PrimitiveContract):
 
 class TestRotation(PrimitiveContract):
     cases = (Case("rotation", {"block": 4}), Case("rotation", {"block": 12}),
-             Case("rotation", {"block": 2}))
+             Case("rotation", {"block": 2}), Case("rotation", {"block": 3, "block_share": True}))
+
+
+class TestOtherRotations(PrimitiveContract):
+    cases = (
+        *(Case("givens", {"kind": kind}, d_in=d) for d in (2, 5, 8, 12) for kind in
+          ("angle", "free")),
+        Case("reflections", {"rank": 2}),
+        Case("reflections", {"rank": 6}),
+        Case("butterfly", {"block": 2, "factors": 2}),
+        Case("butterfly", {"block": 4, "factors": 3}, d_in=32),
+        Case("butterfly", {"block": 3, "factors": 1}),
+        *(Case("pair_rotation", {"group": 4, "variant": variant}) for variant in (1, 2, 4)),
+    )
 
 
 class TestKron(PrimitiveContract):
