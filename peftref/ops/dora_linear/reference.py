@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch.nn.functional import linear
+
+from peftref.ops.sums import wide
 
 __all__ = ["dora_linear"]
 
@@ -17,19 +19,19 @@ def dora_linear(
     scale: Tensor,
     ratio: Tensor,
 ) -> Tensor:
-    """Return ``y = (x W^T + s (x A^T) B^T) * c + b`` with ``c = m / ||W + s B A||``.
+    """Return ``y = (x W^T + s (x A^T) B^T) * c + b``; DoRA has ``c = m / ||W + s B A||``.
 
     DoRA, Liu et al. 2024, https://arxiv.org/abs/2402.09353; the norm is a constant (section 4.3).
 
     Args:
         x: (..., d_in).
         weight: ``W`` (d_out, d_in), frozen.
-        bias: ``b`` (d_out,), frozen, or None.
-        down: ``A`` (r, d_in).
+        bias: ``b`` (d_out,), or None.
+        down: ``A`` (r, d_in), in the type of ``x`` or a wider one; so are ``up`` and ``ratio``.
         up: ``B`` (d_out, r).
-        scale: ``s``, of one element; a constant.
+        scale: ``s`` (), a constant.
         ratio: ``c`` (d_out,).
     """
-    linear = torch.nn.functional.linear
-    y = (linear(x, weight) + scale.to(x.dtype) * linear(linear(x, down), up)) * ratio
-    return y if bias is None else y + bias
+    low = linear(linear(x, down.to(x.dtype)), up.to(x.dtype)) * scale.to(x.dtype)
+    y = (linear(x, weight) + low).to(wide(x, ratio)) * ratio
+    return (y if bias is None else y + bias).to(x.dtype)
