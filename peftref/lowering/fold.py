@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from peftref.backbone.site_table import RowSlice, SiteKind
-from peftref.errors import BackboneError
 from peftref.ir.types import Stage
-from peftref.lowering.fast import FastLinear
+from peftref.lowering.matrix import Matrices
 from peftref.lowering.program import BoundEdit, gather_rows, scatter_rows
-from peftref.lowering.weight import dense_weight, is_plain_linear
-from peftref.passes.check_rules import overlap, turns_slices
+from peftref.lowering.weighted import WeightFold
 from peftref.spec.typology import Port
 
 __all__ = ["Carried", "Fold", "Slot"]
@@ -100,23 +97,9 @@ class Fold:
         self.prefixes = [e for e in own if e.stage is Stage.KEYS_VALUES]
         self.tokens = [e for e in own if e.stage is Stage.TOKENS]
         self.spans = [e for e in edits if _is_span(e)]
-        self.formed = any(e.edit.formed for e in self.weights)
-        draws = any(e.draws or e.gated for e in self.weights)
-        self.turns_slices = bool(self.weights) and turns_slices(
-            [e.edit.write for e in self.weights])
-        must_form = any(e.edit.write.must_form for e in self.weights) and not self.turns_slices
-        if self.formed and (draws or _is_narrow(module)):
-            # W + dW in 16 bits would round a small dW away; as maps of the stream it is kept.
-            self.formed = False
-        self.formed = self.formed or must_form
-        if self.formed and draws:
-            raise BackboneError(
-                f"{self.weights[0].edit.write.site.label}: one adapter has dropout, another needs "
-                "the weight to be formed, where dropout would be lost; set dropout to 0"
-            )
-        _refuse_two_norms([e for e in self.weights if e.stage is Stage.WEIGHT_NORM])
-        gated = any(e.gated for e in self.weights)
-        self.fast = None if self.formed or gated else FastLinear.of(module, self.weights)
+        self.matrices = Matrices(
+            [e for e in (*self.weights, *self.biases) if _is_matrix(e)])
+        self.on_weight = WeightFold(module, self.weights, self.biases, self.gated_biases)
 
     def run(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401, E501
         """Run the module's forward ``base`` with the edits."""
@@ -205,58 +188,7 @@ class Fold:
             return self._gated_module(call, x)
         if not self.linear or not (self.weights or self.biases or self.gated_biases):
             return call(x)
-        if self.formed:
-            weight = self.weight(module).to(x.dtype)
-            return torch.nn.functional.linear(x, weight, _as(self.bias(module), x))
-        gated = [e for e in self.weights if e.gated]
-        y = self._factored(module, call, x, [e for e in self.weights if not e.gated])
-        if gated:
-            # A normalisation has no change of its own to scale: with and without are compared.
-            whole = self._factored(module, call, x, self.weights)
-            y = y + gated[-1].gate(x) * (whole - y)
-        for edit in self.gated_biases:
-            y = y + edit.gate(x) * scatter_rows(edit.matrix(None, y.dtype), edit.rows)
-        return y
-
-    def _factored(
-        self,
-        module: nn.Module,
-        call: Callable[[Tensor], Any],
-        x: Tensor,
-        weights: list[BoundEdit],
-    ) -> Any:  # noqa: ANN401 - whatever the module returns
-        """``W1 x + b1`` without forming ``W1``."""
-        bias = self.bias(module)
-        if self.fast is not None:
-            return self.fast(module, x, bias)
-        if self.turns_slices:
-            return self._turned(module, call, x, bias)
-        normalises = any(e.stage is Stage.WEIGHT_NORM for e in weights)
-        streams: list[Tensor] = []
-        for edit in reversed(weights):
-            streams.append(x)
-            if edit.stage is Stage.WEIGHT_ROTATE:
-                x = edit.stream(x)
-        streams.reverse()
-        y, bias = self._start(module, call, x, bias, split_bias=normalises)
-        for index, (edit, stream) in enumerate(zip(weights, streams, strict=True)):
-            if edit.stage is Stage.WEIGHT_ADD:
-                y = edit.join(y, edit.stream(stream)) if edit.gated else edit.onto(y, stream)
-            elif edit.stage is Stage.WEIGHT_NORM:
-                y = y * self._row_scale(module, edit, weights[:index]).to(y.dtype)
-        return y if bias is None else y + bias
-
-    def _turned(
-        self, module: nn.Module, call: Callable[[Tensor], Any], x: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        """Rotations of slices: the rows of each once more, with the change of its stream."""
-        y, bias = self._start(module, call, x, bias, split_bias=False)
-        weight = dense_weight(module).to(x.dtype)
-        for edit in self.weights:
-            rows = gather_rows(weight, edit.rows, 0)
-            change = torch.nn.functional.linear(edit.stream(x) - x, rows)
-            y = y + scatter_rows(change, edit.rows)
-        return y if bias is None else y + bias
+        return self.on_weight.run(module, call, x)
 
     def _gated_module(self, call: Callable[[Tensor], Any], x: Tensor) -> Any:  # noqa: ANN401
         """``y + sum of g (y with the edit - y)`` for gated edits of a norm's own tensors."""
@@ -269,36 +201,6 @@ class Fold:
             finally:
                 self._running = None
         return _replace_first(result, y)
-
-    def _start(
-        self,
-        module: nn.Module,
-        call: Callable[[Tensor], Any],
-        x: Tensor,
-        bias: Tensor | None,
-        *,
-        split_bias: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The frozen product, and the bias that is still to be added."""
-        if not split_bias and not self.biases:
-            return call(x), None
-        if is_plain_linear(module):
-            weight = dense_weight(module)
-            if split_bias:
-                return torch.nn.functional.linear(x, weight), _as(bias, x)
-            return torch.nn.functional.linear(x, weight, _as(bias, x)), None
-        frozen = getattr(module, "bias", None)
-        y = call(x)
-        return (y if frozen is None else y - frozen), _as(bias, x)
-
-    def _row_scale(
-        self, module: nn.Module, edit: BoundEdit, before: list[BoundEdit]
-    ) -> Tensor:
-        """``m / ||W||`` of the weight before this edit; the norm carries no gradient."""
-        with torch.no_grad():
-            weight = gather_rows(self._fold_weight(module, before), edit.rows, 0)
-        scale = edit.row_scale(weight)
-        return scale if edit.rows is None else 1 + scatter_rows(scale - 1, edit.rows)
 
     def _sliced(
         self, module: nn.Module, x: Tensor, slices: dict[RowSlice, Tensor], y: Tensor
@@ -314,39 +216,19 @@ class Fold:
 
     def weight(self, module: nn.Module) -> Tensor:
         """``W1`` (d_out, d_in): the folded weight, formed."""
-        return self._fold_weight(module, self.weights)
-
-    def _fold_weight(self, module: nn.Module, edits: list[BoundEdit]) -> Tensor:
-        weight = dense_weight(module)
-        # An update below half a unit in the last place of a 16-bit weight would be lost.
-        dtype = torch.promote_types(weight.dtype, torch.float32) if edits else weight.dtype
-        weight = weight.to(dtype)
-        for edit in edits:
-            if edit.stage is Stage.WEIGHT_ADD:
-                weight = weight + scatter_rows(edit.matrix(None, dtype), edit.rows, 0)
-                continue
-            rows = gather_rows(weight, edit.rows, 0)
-            if edit.stage is Stage.WEIGHT_ROTATE:
-                new = rows @ edit.matrix(None, dtype)
-            else:
-                new = edit.matrix(rows, dtype)
-            weight = new if edit.rows is None else weight + scatter_rows(new - rows, edit.rows, 0)
-        return weight
+        return self.on_weight.weight(module)
 
     def bias(self, module: nn.Module) -> Tensor | None:
         """``b1``: the folded bias."""
-        bias: Tensor | None = getattr(module, "bias", None)
-        for edit in self.biases:
-            if bias is None:
-                raise TypeError(f"{edit.edit.write.label}: the module has no bias")
-            bias = bias + scatter_rows(edit.matrix(None, bias.dtype), edit.rows)
-        return bias
+        return self.on_weight.bias(module)
 
     def effective(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of a module that is no linear, with its trained difference."""
         if any(name == _windows(e) for e in self.prefixes):
             # Every query sees the prefix, however narrow the window of its layer is.
             return torch.nn.functional.pad(tensor, (self.prefix_rows, 0) * 2, value=True)
+        if self.matrices:
+            return self.matrices.effective(name, tensor)
         edits = self.biases if name == "bias" else [
             e for e in self.weights if e.stage is Stage.WEIGHT_ADD
         ]
@@ -359,32 +241,17 @@ class Fold:
         return tensor
 
 
-def _refuse_two_norms(norms: list[BoundEdit]) -> None:
-    """Of two adapters; within one plan the passes refuse it."""
-    for first, second in itertools.combinations(norms, 2):
-        if overlap(first.rows, second.rows):
-            raise BackboneError(
-                f"{first.edit.write.label}: two adapters normalise this weight, so that the "
-                "magnitude of the first would have no effect; detach or disable one of them"
-            )
-
-
-def _is_narrow(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is None or weight.dtype not in (torch.float32, torch.float64)
-
-
 def _windows(edit: BoundEdit) -> str | None:
     shape = edit.edit.write.site.attention
     return shape.cache.windows if shape is not None and shape.cache is not None else None
 
 
+def _is_matrix(edit: BoundEdit) -> bool:
+    return edit.edit.write.site.kind is SiteKind.MATRIX
+
+
 def _is_span(edit: BoundEdit) -> bool:
     return edit.edit.write.ends_a_span
-
-
-def _as(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if tensor is None else tensor.to(like.dtype)
 
 
 def _first(result: Any) -> Tensor:  # noqa: ANN401 - a tensor, or a tuple that starts with one

@@ -11,6 +11,7 @@ from torch import Tensor
 from peftref.backbone.site_table import RowSlice
 from peftref.ir.edits import EditPlan, Program
 from peftref.ir.pattern import low_rank
+from peftref.lowering.fast import fast_join
 from peftref.spec.typology import IntegrationKind
 
 if TYPE_CHECKING:
@@ -60,6 +61,23 @@ class _Gate:
         return registers[self._result]
 
 
+class _AtSite:
+    """A runtime that knows which rows of the weight a site has."""
+
+    def __init__(self, runtime: Runtime, rows: RowSlice | None) -> None:
+        self._runtime, self._rows = runtime, rows
+
+    @property
+    def training(self) -> bool:
+        return self._runtime.training
+
+    def token_mask(self, stack: str) -> Tensor | None:
+        return self._runtime.token_mask(stack)
+
+    def weight(self) -> Tensor:
+        return gather_rows(self._runtime.weight(), self._rows, 0)
+
+
 class BoundEdit:
     """An edit with torch forms and tensors at hand.
 
@@ -84,6 +102,8 @@ class BoundEdit:
         self.rows = edit.write.site.rows
         self.draws = edit.write.algebra is not None and edit.write.algebra.random
         self._runtime = runtime
+        self._fast = fast_join(self)
+        runtime = _AtSite(runtime, self.rows)
         self.scale = (edit.write.scale if edit.write.scale is not None else 1.0) * scale
         self._fetch = fetch[: len(edit.program.tensors)]
         self._result = edit.program.result
@@ -92,7 +112,9 @@ class BoundEdit:
         steps = edit.program.steps
         self._links = [s.primitive for s in steps if not s.primitive.on_tensors]
         # A first step without tensors (a fold of the stream) does not know the type of its result.
-        self._needs_identity = any(step.inputs == (0,) for step in steps)
+        self._needs_identity = any(
+            step.inputs == (0,) and not step.primitive.reads_weight for step in steps
+        )
         algebra = edit.write.algebra
         self._stream: tuple[Operation, ...] = tuple(s.primitive.bind(runtime) for s in steps)
         self._matrix: tuple[Operation, ...] = ()
@@ -127,6 +149,8 @@ class BoundEdit:
             if self.kind in _ADDS:
                 return self.join(y, gate * self.stream(x))
             return y + gate * (self.join(y, self.stream(x)) - y)
+        if self._fast is not None:
+            return self._fast(y, x)
         if not self.edit.write.accumulates:
             return self.join(y, self.stream(x))
         registers = self._registers(self._stream[:-1], x, x.dtype)

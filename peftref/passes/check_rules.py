@@ -51,7 +51,8 @@ def overlap(first: RowSlice | None, second: RowSlice | None) -> bool:
 
 def turns_slices(writes: Sequence[WriteNode]) -> bool:
     """Whether all that happens to a weight is one rotation for each of some of its slices."""
-    rotations = all(w.stage is Stage.WEIGHT_ROTATE and w.site.rows is not None for w in writes)
+    rotations = all(w.stage is Stage.WEIGHT_ROTATE and w.site.rows is not None
+                    and w.site.kind is not SiteKind.MATRIX for w in writes)
     pairs = combinations(writes, 2)
     return rotations and not any(overlap(a.site.rows, b.site.rows) for a, b in pairs)
 
@@ -75,16 +76,46 @@ def _reads_a_stream(writes: list[WriteNode]) -> Iterator[str]:
             )
 
 
+def _a_matrix_takes_weights(writes: list[WriteNode]) -> Iterator[str]:
+    """What a module multiplies by itself has no stream that could be edited."""
+    for write in writes:
+        if write.site.kind is not SiteKind.MATRIX or write.stage is None:
+            continue
+        folds = write.stage.on_weight or write.stage is Stage.BIAS
+        random = write.algebra is not None and write.algebra.random
+        if not folds or write.gated or random:
+            yield (
+                f"{write.label}: its module ({write.site.module}) multiplies by this matrix "
+                "itself, so that only what folds into a weight can be placed here (lora, dora, "
+                "oft, 'delta'), without dropout and without a gate; for other techniques select "
+                "'ffn', the whole feed-forward part"
+            )
+
+
 def _one_normalisation(writes: list[WriteNode]) -> Iterator[str]:
     """Of two magnitudes over one sum the first has no gradient at all."""
     norms = [write for write in writes if write.stage is Stage.WEIGHT_NORM]
     for index, first in enumerate(norms):
         for second in norms[index + 1 :]:
-            if overlap(first.site.rows, second.site.rows):
+            apart = (first.site.tensor, first.site.expert) != (
+                second.site.tensor, second.site.expert)
+            if not apart and overlap(first.site.rows, second.site.rows):
                 yield (
                     f"{first.member}.{first.module} and {second.member}.{second.module} both "
                     f"normalise the weight at {first.site.label}: the first magnitude would have "
                     "no effect; keep one of them, or give them different sites"
+                )
+
+
+def _one_base(writes: list[WriteNode]) -> Iterator[str]:
+    """What is quantised twice is another weight than either alone."""
+    bases = [write for write in writes if write.stage is Stage.WEIGHT_BASE]
+    for index, first in enumerate(bases):
+        for second in bases[index + 1 :]:
+            if overlap(first.site.rows, second.site.rows):
+                yield (
+                    f"{first.member}.{first.module} and {second.member}.{second.module} both "
+                    f"quantise the weight at {first.site.label}; keep one of them"
                 )
 
 
@@ -116,6 +147,27 @@ def _attention_takes_rows(writes: list[WriteNode]) -> Iterator[str]:
             )
 
 
+def _rows_may_stand_there(writes: list[WriteNode]) -> Iterator[str]:
+    """A model may look for a token by its id, which the ids of learned rows would mislead."""
+    for write in writes:
+        if write.stage is Stage.TOKENS and write.site.no_rows:
+            yield (
+                f"{write.label}: this backbone takes no prompt: {write.site.no_rows}; use prefixes"
+            )
+
+
+def _depends_on_tokens_alone(writes: list[WriteNode]) -> Iterator[str]:
+    """Where a module runs on a table as well, that table is of no sample and has no tokens."""
+    for write in writes:
+        algebra = write.algebra
+        by_sample = algebra is not None and (algebra.per_sample or algebra.mixes_tokens)
+        if write.site.beyond_tokens and (by_sample or write.positions is not None):
+            yield (
+                f"{write.label}: this module runs on the table of positions too, where a gate or "
+                "a choice of tokens has no meaning; leave it out of the site"
+            )
+
+
 def _prompts_have_no_gate(writes: list[WriteNode]) -> Iterator[str]:
     """A gate reads a stream, and token ids are none."""
     for write in writes:
@@ -126,8 +178,12 @@ def _prompts_have_no_gate(writes: list[WriteNode]) -> Iterator[str]:
 _RULES: tuple[Rule, ...] = (
     _reads_a_stream,
     _one_normalisation,
+    _one_base,
     _known_width,
+    _a_matrix_takes_weights,
     _edits_of_norms,
     _attention_takes_rows,
+    _rows_may_stand_there,
+    _depends_on_tokens_alone,
     _prompts_have_no_gate,
 )

@@ -38,7 +38,8 @@ class ChooseLowering:
     def run(self, graph: AdapterGraph) -> str:
         modules: dict[str, list[tuple[int, WriteNode]]] = {}
         for address, write in graph.writes():
-            if write.stage is not None and write.stage.on_weight:
+            on_weight = write.stage is not None and write.stage.on_weight
+            if on_weight and write.stage is not Stage.WEIGHT_BASE:
                 modules.setdefault(write.path, []).append((address, write))
         formed = 0
         known: dict[object, tuple[Form, str]] = {}

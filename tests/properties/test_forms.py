@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -10,11 +12,14 @@ from hypothesis import assume, event, given
 from torch import Tensor
 
 import peftref
+import peftref.compiler
 from peftref.compiler import compile_table
 from peftref.ir.plan import Plan
 from peftref.ir.types import Form
+from peftref.passes.base import Pass
 from peftref.passes.choose_lowering import ChooseLowering
 from peftref.passes.fuse import Fuse
+from peftref.passes.pipelines import default_passes
 from tests.lowering.randomised import randomise
 from tests.properties.backbones import Case, batch, cases, examples, model, table
 
@@ -24,11 +29,17 @@ CLOSE = {"bert": 1e-9, "gpt2": 1e-9, "llama": 1e-3, "t5": 1e-3}
 
 def plan_as(case: Case, *, factored: bool, fused: bool) -> Plan:
     """Plan with one form for every edit that has the choice."""
-    accumulates = Fuse._accumulates if fused else lambda *_: False
-    with (
-        patch.object(ChooseLowering, "_factored_is_cheaper", lambda *_: factored),
-        patch.object(Fuse, "_accumulates", staticmethod(accumulates)),
-    ):
+    form = Form.FACTORED if factored else Form.FORMED
+
+    def forced(step: Pass) -> Pass:
+        if isinstance(step, ChooseLowering):
+            return replace(step, force=form)
+        return replace(step, ops=fused, accumulate=fused) if isinstance(step, Fuse) else step
+
+    def passes(*arguments: Any) -> tuple[Pass, ...]:
+        return tuple(forced(step) for step in default_passes(*arguments))
+
+    with patch.object(peftref.compiler, "default_passes", passes):
         return compile_table(case.composed.spec, table(case.family))
 
 
