@@ -27,11 +27,12 @@ from peftref.ops.choice import Form, choose, has_triton
 if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx
 
-__all__ = ["Argument", "Kernels", "Operator", "Rule", "Saved"]
+__all__ = ["Argument", "Kernels", "Needs", "Operator", "Rule", "Saved"]
 
 Argument = Tensor | None | int | float | bool | str | Sequence[Tensor] | Sequence[bool]
 Tensors = Tensor | Sequence[Tensor]
 Gradient = Tensor | Sequence[Tensor | None] | None
+Needs = Sequence[bool | Sequence[bool]]
 R = TypeVar("R")
 
 
@@ -60,7 +61,8 @@ class Rule:
     Attributes:
         save: ``(arguments, results of forward) -> Saved``.
         gradients: ``(needs, saved, output gradients, backward kernel) -> gradients``, one for each
-            argument; ``needs`` says which are wanted (a list for a list of tensors).
+            argument; ``needs`` says which are wanted (a list for a list of tensors). An output
+            that nothing reads has no gradient (None); one at least has.
         hidden: how many of the last results only the backward pass reads.
     """
 
@@ -131,13 +133,28 @@ class Operator(Generic[R]):
     ) -> None:
         saved = self.rule.save(inputs, output)
         ctx.save_for_backward(*saved.tensors)
+        ctx.set_materialize_grads(False)  # nobody wants gradients of what is hidden
         ctx.constants = saved.constants  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _registered_backward(self, ctx: _Context, *gradients: Tensor | None) -> object:
+    def _registered_backward(
+        self, ctx: _Context, *gradients: Tensor | list[Tensor | None] | None
+    ) -> object:
         saved = Saved(ctx.saved_tensors, ctx.constants)
-        backward = self.registered.backward
-        found = self.rule.gradients(ctx.needs_input_grad, saved, gradients, backward)
+        flat = gradients[0] if isinstance(gradients[0], list) else gradients
+        shown = cast("Sequence[Tensor | None]", flat[: len(flat) - self.rule.hidden])
+        found = self._gradients(ctx.needs_input_grad, saved, shown, self.registered.backward)
         return tuple(found) if len(found) > 1 else found[0]
+
+    def _gradients(
+        self,
+        needs: Needs,
+        saved: Saved,
+        gradients: Sequence[Tensor | None],
+        backward: Callable[..., Tensors],
+    ) -> Sequence[Gradient]:
+        if all(g is None for g in gradients):
+            return [None if isinstance(n, bool) else [None] * len(n) for n in needs]
+        return self.rule.gradients(needs, saved, gradients, backward)
 
     def _refuse(self, *_: object) -> None:
         raise TrainingError(
@@ -165,16 +182,17 @@ class _Direct(torch.autograd.Function):
         results = operator.kernels.forward(*arguments)
         saved = operator.rule.save(arguments, results)
         ctx.save_for_backward(*saved.tensors)
+        ctx.set_materialize_grads(False)
         ctx.operator, ctx.layout, ctx.constants = operator, layout, saved.constants
         return operator.visible(results)
 
     @staticmethod
     def backward(ctx: _Context, *gradients: Tensor | None) -> tuple[Argument, ...]:
         operator = ctx.operator
-        needs = _nested(ctx.needs_input_grad[2:], ctx.layout)
+        needs = cast("Needs", _nested(ctx.needs_input_grad[2:], ctx.layout))
         saved = Saved(ctx.saved_tensors, ctx.constants)
         with torch.no_grad():
-            found = operator.rule.gradients(needs, saved, gradients, operator.kernels.backward)
+            found = operator._gradients(needs, saved, gradients, operator.kernels.backward)  # noqa: SLF001 - same file
         flat = _flat(found)
         if torch.is_grad_enabled():
             reads = (*ctx.saved_tensors, *gradients)

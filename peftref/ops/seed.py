@@ -1,28 +1,29 @@
 """Dropout without a stored mask: which entries stay follows from a seed and their place.
 
-For entry (i, 2j) the low, for (i, 2j + 1) the high 16 bits, as a signed number, of
-
-    C (a ^ a >> 15),   a = u(i) u(-1 - j)                 all in 32 bits, shifts arithmetic
-
-stay when they are at least ``round(65536 p) - 32768``; ``u`` hashes the seed and a number to an odd
-one. The hash of a number is paid once a row and once a column; four operations a pair of entries
-remain, which any vector unit has, and which a GPU repeats in a register.
+Entry (i, j) stays when ``h(start(i) + j)``, a signed 32-bit number, is at least the threshold of
+``p``. ``h`` is Ellis' "lowbias32", a bijection of 32-bit numbers, and ``start`` hashes the seed and
+the row to one of 2^20 places. So a row is a window of one fixed stream, which begins somewhere
+else for every row and every seed: a GPU computes the stream in registers, and a CPU, where a random
+number an entry would cost more than the product that reads it, copies windows of a table.
 """
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["C1", "C2", "blocks", "draw_seed", "hashed", "keep", "threshold"]
-
-_BLOCK = 98304  # entries: a block and its random words stay in a core's second cache
+__all__ = ["C1", "C2", "PLACES", "blocks", "draw_seed", "keep", "threshold"]
 
 C1 = 0x7FEB352D
 C2 = -0x7B935975
-"""Multipliers of Ellis' "lowbias32" hash, as signed 32-bit numbers."""
+"""Multipliers of lowbias32, as signed 32-bit numbers."""
+
+PLACES = 2**20
+_BLOCK = 262144  # entries: a block, its mask and its product stay near the core
 
 
 def draw_seed(like: Tensor) -> Tensor:
@@ -31,49 +32,68 @@ def draw_seed(like: Tensor) -> Tensor:
 
 
 def threshold(p: float) -> int:
-    """The smallest signed 16-bit number that stays; ``p`` counts in steps of 2^-16."""
-    return min(round(p * 65536), 65535) - 32768
-
-
-def hashed(seed: Tensor, start: int, stop: int) -> Tensor:
-    """``u`` of ``start`` up to ``stop``: odd, int32."""
-    u = torch.arange(start, stop, dtype=torch.int32, device=seed.device)
-    u = (u * C1) ^ seed[0]
-    u = (u ^ (u >> 16)) * C2 + seed[1]
-    u = (u ^ (u >> 15)) * C1
-    return (u ^ (u >> 16)) | 1
+    """The smallest signed 32-bit number that stays."""
+    return min(round(p * 2**32), 2**32 - 1) - 2**31
 
 
 def keep(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """Which entries stay (rows, columns), bool."""
-    pairs = (columns + 1) // 2
-    a = hashed(seed, 0, rows)[:, None] * hashed(seed, -pairs, 0).flip(0)
-    word = (a ^ (a >> 15)) * C2
-    halves = torch.stack([(word << 16) >> 16, word >> 16], -1).flatten(1)
-    return halves[:, :columns] >= threshold(p)
+    places = torch.arange(columns, dtype=torch.int32, device=seed.device)
+    return _hash(_starts(seed, rows)[:, None] + places) >= threshold(p)
 
 
 def blocks(
     seed: Tensor, rows: int, columns: int, p: float, dtype: torch.dtype
-) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield ``keep`` in blocks ``(from row, to row, ones and zeros)``.
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Yield ``keep`` in blocks ``(from row, to row, ones and zeros, room of the same shape)``.
 
-    One buffer serves all blocks, so that a mask as large as the stream never exists.
+    One mask serves all blocks, so that one as large as the stream never exists; a thread keeps it
+    and the room for the next call, since fresh memory costs as much as what is computed in it.
     """
     size = max(1, min(rows, _BLOCK // columns))
-    pairs = (columns + 1) // 2
-    u = hashed(seed, -pairs, rows)
-    across, down = u[:pairs].flip(0), u[pairs:, None]
-    words = torch.empty(size, pairs, dtype=torch.int32)
-    shifted = torch.empty_like(words)
-    mask = torch.empty(size, columns, dtype=dtype)
-    least = threshold(p)
+    starts = _starts(seed, rows)
+    windows = _table(p, dtype, -(-columns // 4096) * 4096).as_strided((PLACES, columns), (1, 1))
     for start in range(0, rows, size):
         stop = min(start + size, rows)
-        if stop - start < size:
-            words, shifted, mask = (t[: stop - start] for t in (words, shifted, mask))
-        torch.mul(down[start:stop], across, out=words)
-        torch.bitwise_right_shift(words, 15, out=shifted)
-        words.bitwise_xor_(shifted).mul_(C2)
-        torch.ge(words.view(torch.int16)[:, :columns], least, out=mask)
-        yield start, stop, mask
+        mask, room = _scratch.take(stop - start, columns, dtype)
+        torch.index_select(windows, 0, starts[start:stop], out=mask)
+        yield start, stop, mask, room
+
+
+class _Scratch(threading.local):
+    """Two buffers for a block, for each thread and type."""
+
+    def __init__(self) -> None:
+        self.held: dict[torch.dtype, Tensor] = {}
+
+    def take(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        count = rows * columns
+        held = self.held.get(dtype)
+        if held is None or held.shape[1] < count:
+            held = self.held[dtype] = torch.empty(2, max(count, _BLOCK), dtype=dtype)
+        mask, room = held[:, :count].unbind()
+        return mask.view(rows, columns), room.view(rows, columns)
+
+
+_scratch = _Scratch()
+
+
+@functools.lru_cache(maxsize=4)
+def _table(p: float, dtype: torch.dtype, columns: int) -> Tensor:
+    places = torch.arange(PLACES + columns, dtype=torch.int32)
+    return (_hash(places) >= threshold(p)).to(dtype)
+
+
+def _starts(seed: Tensor, rows: int) -> Tensor:
+    """A place for each row, by multiplication with odd numbers, whose high bits are random."""
+    first, second = seed.unbind()
+    u = torch.arange(rows, dtype=torch.int32, device=seed.device).mul_(C2).add_(first)
+    u = u.bitwise_xor_(u >> 16).mul_(second | 1)
+    return (u >> 12).bitwise_and_(PLACES - 1)
+
+
+def _hash(u: Tensor) -> Tensor:
+    """Lowbias32, the shifts logical."""
+    u = (u ^ ((u >> 16) & 0xFFFF)) * C1
+    u = (u ^ ((u >> 15) & 0x1FFFF)) * C2
+    return u ^ ((u >> 16) & 0xFFFF)

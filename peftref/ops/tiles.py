@@ -23,6 +23,7 @@ HALVES = ("bf16", "fp16")
 
 _C1 = tl.constexpr(seed.C1)
 _C2 = tl.constexpr(seed.C2)
+_PLACES = tl.constexpr(seed.PLACES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +66,17 @@ def padded_rank(rank: int) -> int:
 
 
 @triton.jit
-def _hashed(p_seed, i):
-    """``seed.hashed``."""
-    u = (i.to(tl.int32) * _C1) ^ tl.load(p_seed)
-    u = (u ^ (u >> 16)) * _C2 + tl.load(p_seed + 1)
-    u = (u ^ (u >> 15)) * _C1
-    return (u ^ (u >> 16)) | 1
+def _hash(u):
+    u = (u ^ ((u >> 16) & 0xFFFF)) * _C1
+    u = (u ^ ((u >> 15) & 0x1FFFF)) * _C2
+    return u ^ ((u >> 16) & 0xFFFF)
 
 
 @triton.jit
 def kept(p_seed, i_rows, i_columns, least):
     """``seed.keep`` of a tile (rows, columns)."""
-    a = _hashed(p_seed, i_rows)[:, None] * _hashed(p_seed, -1 - (i_columns >> 1))[None, :]
-    word = (a ^ (a >> 15)) * _C2
-    left = 16 - ((i_columns & 1) << 4)
-    return ((word << left[None, :]) >> 16) >= least
+    u = i_rows.to(tl.int32) * _C2 + tl.load(p_seed)
+    u = (u ^ (u >> 16)) * (tl.load(p_seed + 1) | 1)
+    starts = (u >> 12) & (_PLACES - 1)
+    places = starts[:, None] + i_columns.to(tl.int32)[None, :]
+    return _hash(places) >= least
