@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -30,11 +31,11 @@ def named(table: SiteTable) -> dict[str, Site]:
 def test_the_table_of_the_row_is_inferred_without_it_or_refused(family: str) -> None:
     model = tiny(family)
     row = site_table(model)
-    try:
-        found = inferred_table(model)
-    except SitesError as error:
-        assert family not in INFERRED, error
+    if family not in INFERRED:
+        with suppress(SitesError):
+            assert named(inferred_table(model)) == named(row)
         return
+    found = inferred_table(model)
     assert named(found) == named(row)
     assert (found.layers, found.hidden_size, found.vocabulary, found.pre_norm,
             found.head_modules, found.frozen_parameters) == (

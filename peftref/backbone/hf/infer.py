@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from peftref.backbone.hf.layer import Doubt, LayerReader, same
 from peftref.backbone.hf.modules import head_modules, measure, named_modules
 from peftref.backbone.hf.probe import Probe
-from peftref.backbone.hf.shrink import base_model, example_inputs, small_model
+from peftref.backbone.hf.shrink import base_model, example_inputs, outline, small_model
 from peftref.backbone.hf.trace import Attended, Call
 from peftref.backbone.infer import Finding, Findings, StackFindings
 from peftref.backbone.site_table import SiteKind
@@ -20,7 +21,7 @@ from peftref.errors import BackboneError
 
 __all__ = ["infer"]
 
-Key = tuple[type, str]
+Key = tuple[type, str, frozenset[str]]
 _KNOWN: dict[Key, Findings] = {}  # a trial takes a second; a model is compiled for many times
 
 
@@ -31,10 +32,13 @@ def infer(model: PreTrainedModel) -> Findings:
     doubt, never a guess.
     """
     base = base_model(model)
-    key = (type(base), base.config.to_json_string(use_diff=False))
+    modules = frozenset(outline(base))
+    key = (type(base), base.config.to_json_string(use_diff=False), modules)
     if key not in _KNOWN:
         _KNOWN[key] = _tried(model)
-    return _KNOWN[key]
+    found = _KNOWN[key]
+    odd = [doubt for stack in found.stacks.values() for doubt in _odd_layers(base, stack.layers)]
+    return replace(found, doubts=[*found.doubts, *odd])
 
 
 def _tried(model: PreTrainedModel) -> Findings:
@@ -49,27 +53,19 @@ def _tried(model: PreTrainedModel) -> Findings:
         found.doubts.append(f"a small model of it cannot be run: {error}")
         return found
     reader.read()
-    base = base_model(model)
-    for stack in found.stacks.values():
-        found.doubts.extend(_odd_layers(base, small, stack.layers))
     return found
 
 
-def _odd_layers(real: nn.Module, small: nn.Module, layers: str) -> Iterator[str]:
-    """Yield a doubt if the layers of the real model have not all the modules of those tried."""
-    tried = _shown(small, f"{layers}.0")
-    for name, _ in real.get_submodule(layers).named_children():
-        own = _shown(real, f"{layers}.{name}")
-        if own != tried:
-            odd = sorted(own ^ tried)
-            yield f"layer {name} of {layers} differs from the first of the model tried: {odd[0]}"
+def _odd_layers(base: nn.Module, layers: str) -> Iterator[str]:
+    """Yield a doubt if the layers of the real model have not all the same modules."""
+    path = base.get_submodule(layers)
+    own = [{name for name, each in named_modules(layer).items()
+            if measure(each).kind in (SiteKind.LINEAR, SiteKind.NORM)}
+           for layer in path.children()]
+    for i, names in enumerate(own):
+        if names != own[0]:
+            yield f"layer {i} of {layers} differs from the first: {min(names ^ own[0])}"
             return
-
-
-def _shown(model: nn.Module, layer: str) -> set[str]:
-    return {path.removeprefix(layer) for path, module in named_modules(model).items()
-            if path.startswith(f"{layer}.")
-            and measure(module).kind in (SiteKind.LINEAR, SiteKind.NORM)}
 
 
 class _ModelReader:

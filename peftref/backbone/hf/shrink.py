@@ -100,7 +100,7 @@ def _small_value(name: str, value: Any, factor: int) -> Any:  # noqa: ANN401 - a
         return value
     if _LAYER_COUNTS.fullmatch(name):
         return min(value, LAYERS)
-    if name == "vocab_size":
+    if name.endswith("vocab_size"):
         return min(value, VOCABULARY)
     if _TOKENS.fullmatch(name):
         return value if value < VOCABULARY else 0
