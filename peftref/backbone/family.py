@@ -34,6 +34,7 @@ from peftref.backbone.pattern import expand_braces
 from peftref.errors import SpecError
 from peftref.spec.base import Frozen
 from peftref.spec.loader import parse_yaml, read_yaml, validated
+from peftref.spec.selector import StackName
 
 __all__ = ["CacheRule", "Family", "Place", "Role", "RowRule", "SpanInput", "Stack", "choose",
            "expand", "families", "read_family"]
@@ -101,6 +102,9 @@ class Place(Frozen):
             ``module``; ``""``: none does.
         cache: for attention spans without an attention interface, how a prefix enters instead.
         form: for attention spans with neither, the forward of ours that takes a prefix.
+        beyond_tokens: configuration attribute that, where true, says that the module runs on
+            more than the tokens of the batch (DeBERTa's table of positions).
+        no_rows: for token embeddings, why no learned rows can stand among the tokens.
     """
 
     module: tuple[str, ...] = Field(min_length=1)
@@ -109,6 +113,8 @@ class Place(Frozen):
     interface: str | None = None
     cache: CacheRule | None = None
     form: Literal["disentangled"] | None = None
+    beyond_tokens: str | None = None
+    no_rows: str = ""
 
     @model_validator(mode="before")
     @classmethod
@@ -182,11 +188,13 @@ class Stack(Frozen):
         runs: configuration attribute with the number of passes through groups of layers, where
             a layer is run more often than once (ALBERT).
         config: configuration attribute with the stack's own configuration (CLIP).
+        causal: whether a token sees only those before it; None: as its attention declares.
     """
 
     layers: str
     runs: str | None = None
     config: str | None = None
+    causal: bool | None = None
     before: Mapping[RoleName, Place] = Field(default_factory=dict)
     layer: Mapping[RoleName, Place]
     after: Mapping[RoleName, Place] = Field(default_factory=dict)
@@ -213,7 +221,7 @@ class Family(Frozen):
 
     families: tuple[str, ...] = Field(min_length=1)
     norms: Literal["pre", "post"] | Mapping[str, Literal["pre", "post"]]
-    stacks: Mapping[Literal["encoder", "decoder"], Stack] = Field(min_length=1)
+    stacks: Mapping[StackName, Stack] = Field(min_length=1)
 
 
 def read_family(path: str | Path) -> Family:

@@ -106,7 +106,8 @@ class Site:
 
     Attributes:
         role: ``attention.query``, ``ffn``, ``norm.final``, ...
-        stack: ``encoder`` or ``decoder``.
+        stack: ``encoder`` or ``decoder``; ``text`` or ``vision`` where two towers stand side by
+            side.
         layer: index in the stack; None outside the layers.
         module: dotted path of the module whose result is the ``output`` port; where it returns
             a tuple, the port is the first element.
@@ -122,6 +123,9 @@ class Site:
         attention: head shape where the site has ``keys_values``.
         shared_by: layers that run this very module (ALBERT); 1 otherwise.
         tied: path of another module that owns the same weight tensor (tied head).
+        beyond_tokens: whether it runs on more than the tokens of the batch, so that an edit that
+            depends on the sample has no meaning there.
+        no_rows: why no learned rows can stand among its results; "" where they can.
     """
 
     role: str
@@ -138,6 +142,8 @@ class Site:
     attention: AttentionShape | None = None
     shared_by: int = 1
     tied: str | None = None
+    beyond_tokens: bool = False
+    no_rows: str = ""
 
     @property
     def label(self) -> str:

@@ -39,7 +39,7 @@ def _padding(guard: RootGuard, call: dict[str, Any]) -> dict[str, Tensor]:
     masks: dict[str, Tensor] = {}
     own, decoder = call.get("attention_mask"), call.get("decoder_attention_mask")
     if isinstance(own, Tensor) and own.dim() == 2:
-        masks["encoder"] = own
+        masks["encoder"] = masks["text"] = own
         if not guard.encoder_decoder:
             masks["decoder"] = own
     if isinstance(decoder, Tensor) and decoder.dim() == 2:
@@ -52,7 +52,7 @@ def _chosen(
 ) -> Tensor:
     """Return the (batch, tokens) mask of the selected real tokens."""
     second = stack == "decoder" and guard.encoder_decoder
-    ids = call.get("decoder_input_ids" if second else "input_ids")
+    ids = call.get("decoder_input_ids" if second else "input_ids") if stack != "vision" else None
     if ids is None and second and not positions.special:
         ids = call.get("labels")  # the model shifts them: as many tokens
     if ids is None:

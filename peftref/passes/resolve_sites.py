@@ -28,13 +28,20 @@ class ResolveSites:
     def run(self, graph: AdapterGraph) -> str:
         count = 0
         for rank, member in enumerate(graph.composition.members):
-            inserted = 0
+            inserted = targets = 0
             for index, module in enumerate(member.technique.modules):
                 for site in _sites(graph, module):
                     if self._is_target_prompt(graph, module, site):
+                        targets += 1
                         continue
                     self._insert(graph, member.name, module, site, (rank, index))
                     inserted += 1
+            if targets and not inserted:
+                raise CompositionError(
+                    f"member {member.name!r} ({member.technique.technique}) puts its rows before "
+                    f"the encoder's tokens, and the encoder of this {graph.table.family} backbone "
+                    "reads none; use prefixes"
+                )
             if not inserted:
                 raise CompositionError(
                     f"member {member.name!r} ({member.technique.technique}) is inserted nowhere "

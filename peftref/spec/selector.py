@@ -10,7 +10,9 @@ from pydantic import Field, model_validator
 from peftref.spec.base import Frozen
 from peftref.spec.typology import Port
 
-__all__ = ["Positions", "SiteSelector", "is_site_pattern", "layers_of"]
+__all__ = ["Positions", "SiteSelector", "StackName", "is_site_pattern", "layers_of"]
+
+StackName = Literal["encoder", "decoder", "text", "vision"]
 
 _NAME = r"[a-z0-9_*]+\??"
 _PATH = rf"{_NAME}(?:\.{_NAME})*"
@@ -87,7 +89,7 @@ class SiteSelector(Frozen):
     module: str | None = None
     port: Port = Port.OUTPUT
     layers: Literal["all"] | str | tuple[int, ...] = "all"
-    stack: Literal["encoder", "decoder"] | None = None
+    stack: StackName | None = None
     positions: Positions | None = None
 
     @model_validator(mode="before")

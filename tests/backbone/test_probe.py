@@ -123,7 +123,8 @@ def probe_rows(model: PreTrainedModel, table: SiteTable, batch: dict[str, Tensor
             stored = shape.heads if table.family == "falcon" else shape.key_value_heads
             assert k.shape[1] == v.shape[1]
             assert k.shape[1] in (stored, shape.key_value_heads)
-            assert k.shape[3] == v.shape[3] == shape.head_width
+            assert k.shape[3] == shape.head_width
+            assert v.shape[3] == (shape.value_width or shape.head_width)
             if q is not None:
                 assert (q.shape[1], q.shape[3]) == (shape.heads, shape.head_width)
             seen.clear()
@@ -135,6 +136,8 @@ def probe_rows(model: PreTrainedModel, table: SiteTable, batch: dict[str, Tensor
                 if new is None:
                     continue
                 columns = (new != old).any(0).any(1)
+                if table.family == "deepseek_v3" and i == 1:  # the rest comes with the latent
+                    columns = columns[..., :model.config.qk_nope_head_dim]
                 assert bool(columns.all() if i == part else not columns.any()), (site.label, i)
             probed += 1
     return probed
@@ -148,7 +151,10 @@ def test_exactly_the_named_part_of_the_attention_changes(
     model = tiny(family, **changes)
     table = site_table(model)
     attentions = sum(s.kind is SiteKind.ATTENTION for s in table)
-    stacks = 3 if family in TWO_STACKS else 1  # a decoder's layer has two
+    if family in ("mamba", "mamba2"):
+        assert attentions == 0
+        return
+    stacks = 3 if family in TWO_STACKS else len(table.layers)  # a decoder's layer has two
     assert attentions == stacks * next(iter(table.layers.values()))
     roles = 6 if "norm.query" in table.roles() else 4
     assert probe_rows(model, table, inputs(family), monkeypatch) == roles * attentions
@@ -175,6 +181,7 @@ def test_causal_says_whether_a_token_sees_what_follows(family: str) -> None:
     for stack in table.layers:
         ends = stack == "decoder" and family in TWO_STACKS
         key = "decoder_input_ids" if ends else next(iter(batch))
+        key = "pixel_values" if stack == "vision" else key
         last = [s for s in table if s.role == "block" and s.stack == stack][-1:]
         plain = read_ports(model, last, batch)[last[0].label][1]
         ids = batch[key].clone()
@@ -184,7 +191,8 @@ def test_causal_says_whether_a_token_sees_what_follows(family: str) -> None:
         other = read_ports(model, last, {**batch, key: ids})[last[0].label][1]
         sees = bool((plain[:, 0] != other[:, 0]).any())
         spans = [s.attention for s in table if s.role == "attention" and s.stack == stack]
-        assert {span.causal for span in spans if span} == {not sees}
+        assert {span.causal for span in spans if span} <= {not sees}
+        assert spans or (family in ("mamba", "mamba2") and not sees)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -238,7 +246,8 @@ def test_norms_embeddings_and_pooler_reach_the_output_and_widths_are_real(family
         if site.label in ports:
             read, write = ports[site.label]
             whole = write.shape[-1] if site.rows is None else site.rows.rows
-            assert (read.shape[-1], whole) == (site.d_in, site.d_out), site.label
+            if site.kind is not SiteKind.MATRIX:  # these are no streams of their module
+                assert (read.shape[-1], whole) == (site.d_in, site.d_out), site.label
         if site.role.startswith(("norm.", "embedding.", "pooler")):
             with perturbed(model, site), torch.no_grad():
                 after = [p for p in model(**batch).values() if isinstance(p, Tensor)]

@@ -19,7 +19,7 @@ from transformers import (
 
 from tests.backbone.tiny_decoders import CONFIGS as _MORE_DECODERS
 from tests.backbone.tiny_encoders import CONFIGS as _MORE_ENCODERS
-from tests.backbone.tiny_encoders import IMAGES, PAIRS, SPEECH
+from tests.backbone.tiny_encoders import IMAGES, PAIRS, SPEECH, TOWERS
 
 __all__ = ["ALL", "ALL_DECODERS", "DECODERS", "ENCODERS", "FAMILIES", "OTHERS", "TWO_STACKS",
            "Task", "inputs", "tiny", "tiny_config"]
@@ -86,6 +86,8 @@ def tiny(family: str, task: Task = "features", *, num_labels: int = 3, seed: int
     own = {"classification": AutoModelForImageClassification} if family in IMAGES else {}
     own |= {"seq2seq_lm": AutoModelForSpeechSeq2Seq} if family in SPEECH else {}
     model = (_TASKS | own)[task].from_config(config)
+    if dtype == torch.float64:
+        model.config._experts_implementation = "eager"  # grouped products know no float64
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -103,6 +105,9 @@ def inputs(family: str, task: Task = "features", *, batch: int = 2, length: int 
         return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
     ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
     batch_inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if family in TOWERS:
+        pixels = torch.randn(batch, 3, 16, 16, generator=generator)
+        batch_inputs["pixel_values"] = pixels
     if family in SPEECH:
         batch_inputs = {"input_features": torch.randn(batch, 8, 14, generator=generator)}
     if family in TWO_STACKS and task in ("features", "seq2seq_lm"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CONFIGS", "IMAGES", "PAIRS", "SPEECH", "TEXTS"]
+__all__ = ["CONFIGS", "IMAGES", "PAIRS", "SPEECH", "TEXTS", "TOWERS"]
 
 _TEXT: dict[str, object] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -24,6 +24,7 @@ TEXTS: dict[str, dict[str, object]] = {
     "albert": _NARROW,
     "camembert": _TEXT,
     "deberta-v2": {**_RELATIVE, "share_att_key": True},
+    "clip_text_model": {**_TEXT, "eos_token_id": 96},
     "electra": _NARROW,
     "modernbert": {**_TEXT, "local_attention": 4, "global_attn_every_n_layers": 2,
                    "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2},
@@ -43,6 +44,12 @@ SPEECH: dict[str, dict[str, object]] = {
 }
 IMAGES: dict[str, dict[str, object]] = {
     "deit": {**_IMAGE, "architectures": ["DeiTForImageClassification"]},
+    "clip_vision_model": _IMAGE,
     "vit": _IMAGE,
 }
-CONFIGS = {**TEXTS, **PAIRS, **SPEECH, **IMAGES}
+TOWERS: dict[str, dict[str, object]] = {  # of different widths
+    "clip": {"text_config": {**_TEXT, "vocab_size": 97, "eos_token_id": 2},
+             "vision_config": {**_IMAGE, "hidden_size": 40, "num_attention_heads": 2},
+             "projection_dim": 16},
+}
+CONFIGS = {**TEXTS, **PAIRS, **SPEECH, **IMAGES, **TOWERS}

@@ -237,7 +237,10 @@ class _Reader:
             if path is None:
                 continue
             site = _site(role.name, stack, layer, path, self.modules[path])
-            site = replace(site, tied=_tied(path, self.modules[path], self.tied))
+            beyond = role.place.beyond_tokens
+            site = replace(site, tied=_tied(path, self.modules[path], self.tied),
+                           no_rows=role.place.no_rows,
+                           beyond_tokens=bool(beyond and getattr(self.model.config, beyond, False)))
             if role.name in SPANS:
                 yield self._span(site, role.place, prefix, heads)
             elif role.place.rows is not None:
@@ -280,6 +283,8 @@ class _Reader:
         fallback = site.role == "attention" and site.stack == "decoder"
         module = self.modules[interface or site.module]
         causal = getattr(module, "is_causal", fallback)
+        declared = self.row.stacks[site.stack].causal  # pyright: ignore[reportArgumentType]
+        causal = causal if declared is None else declared
         cache = place.cache
         taken = cache and CacheArgument(cache.argument, tuple(cache.pad.items()), cache.windows)
         return AttentionShape(heads.heads, heads.key_value_heads, heads.width, interface,
