@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from peftref.ops.scale_shift.cpu import scaled
 from peftref.ops.sums import column_dot, wide
 
-__all__ = ["SMALL", "backward", "forward", "low_rank_backward", "ratio_gradient"]
+__all__ = ["SMALL", "backward", "forward", "low_rank_backward", "ratio_gradient", "rescue"]
 
 SMALL = 0.1
 """A ratio below which the unscaled output is computed anew and not divided out."""
@@ -64,7 +64,7 @@ def backward(
     if y is not None:
         dots = column_dot(dy, y.reshape(dy.shape), dtype)
         d_ratio = ratio_gradient(dots, sums, bias, ratio)
-        _rescue(d_ratio, dy, (flat, hidden), (weight, up * scale), ratio)
+        rescue(d_ratio, dy, (flat, hidden), (weight, up * scale), ratio)
     if _folds(flat, weight, ratio):
         weight, factor = weight * ratio[:, None], scale * ratio
     else:
@@ -105,7 +105,7 @@ def ratio_gradient(dots: Tensor, sums: Tensor, bias: Tensor | None, ratio: Tenso
     return (dots if bias is None else dots - bias * sums) / ratio
 
 
-def _rescue(
+def rescue(
     d_ratio: Tensor,
     dy: Tensor,
     reads: tuple[Tensor, Tensor],

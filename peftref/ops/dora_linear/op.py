@@ -39,7 +39,7 @@ def dora_linear(
         scale: ``s`` (), a constant.
         ratio: ``c`` (d_out,); ``magnitude / delta_rownorm(...)`` makes it DoRA.
     """
-    x, (weight,) = autocast(x, [weight])
+    x, [[weight]] = autocast(x, [weight])
     if weight.requires_grad or scale.requires_grad:
         return reference.dora_linear(x, weight, bias, down, up, scale, ratio)
     return OPERATOR(x, weight, bias, down, up, scale, ratio)
