@@ -40,11 +40,12 @@ __all__ = ["CacheRule", "Family", "Place", "Role", "RowRule", "SpanInput", "Stac
            "expand", "families", "read_family"]
 
 T = TypeVar("T")
-RowRule = Literal["halves", "thirds", "gqa", "head_interleaved", "grouped", "multi_query"]
+RowRule = Literal["halves", "thirds", "gqa", "head_interleaved", "grouped", "multi_query",
+                  "alternating", "latent"]
 Padding = Literal["visible", "hidden", "zero", "distance"]
 OTHERWISE = "otherwise"
-WORKSPACES = ("attention", "cross_attention", "embedding", "experts", "ffn", "norm", "pooler",
-              "router")
+WORKSPACES = ("attention", "cross_attention", "embedding", "experts", "ffn", "mixer", "norm",
+              "pooler", "router")
 
 
 def _role(key: str) -> str:
@@ -97,6 +98,8 @@ class Place(Frozen):
         rows: how the rows of a fused projection are shared out, in the order of the role's
             alternatives; or a mapping from configuration attributes to such rules, of which the
             first with a true attribute holds, else ``otherwise``.
+        tensor: a matrix that the module reads itself, or one for each expert in a tensor of three
+            dimensions; ``transposed`` where it is stored (d_in, d_out).
         input: where a span reads; None: first argument of ``module``.
         interface: for attention spans, the module that calls the attention interface; None:
             ``module``; ``""``: none does.
@@ -109,6 +112,8 @@ class Place(Frozen):
 
     module: tuple[str, ...] = Field(min_length=1)
     rows: RowRule | Mapping[str, RowRule] | None = None
+    tensor: str | None = None
+    transposed: bool = False
     input: SpanInput | None = None
     interface: str | None = None
     cache: CacheRule | None = None
@@ -182,6 +187,7 @@ class Stack(Frozen):
     ``heads``, ``key_value_heads`` and ``head_width`` name attributes of the configuration (or,
     as ``rows``, choose one by a true attribute); unset, ``num_key_value_heads`` and ``head_dim``
     are used where they exist, else as many as heads, and the hidden size over the heads.
+    ``heads`` is empty where there is no attention. ``value_width`` names the width of a head's value where it is another one than the key's.
 
     Attributes:
         layers: path of the list of layers; ``*`` stands for every group of layers, in order.
@@ -198,6 +204,7 @@ class Stack(Frozen):
     before: Mapping[RoleName, Place] = Field(default_factory=dict)
     layer: Mapping[RoleName, Place]
     after: Mapping[RoleName, Place] = Field(default_factory=dict)
+    value_width: str | None = None
     heads: str = "num_attention_heads"
     key_value_heads: str | int | Mapping[str, str | int] | None = None
     head_width: str | None = None

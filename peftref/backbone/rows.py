@@ -8,7 +8,8 @@ __all__ = ["row_slice"]
 
 
 def row_slice(
-    rule: str, part: int, total: int, heads: int, key_value_heads: int, width: int
+    rule: str, part: int, total: int, heads: int, key_value_heads: int, width: int,
+    value_width: int = 0,
 ) -> RowSlice | None:
     """Return the rows of ``part`` under ``rule``; None if the rule makes no ``total`` rows.
 
@@ -19,10 +20,16 @@ def row_slice(
         multi_query        gqa with G = 1
         head_interleaved   H groups of [D | D | D]
         grouped            G groups of [H/G*D | D | D]
+        alternating        row by row
+        latent             H groups of [key | value], of key and value alone
     """
     if rule in ("halves", "thirds"):
         parts = 2 if rule == "halves" else 3
         groups, lengths = 1, [total // parts] * parts
+    elif rule == "alternating":
+        groups, lengths = total // 2, [1, 1]
+    elif rule == "latent":
+        groups, lengths = heads, [total // heads - value_width, value_width]
     elif rule == "head_interleaved":
         groups, lengths = heads, [width] * 3
     elif rule == "grouped":

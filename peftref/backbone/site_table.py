@@ -29,6 +29,7 @@ class SiteKind(StrEnum):
     LINEAR = "linear"  # input, output, weight, bias
     NORM = "norm"  # input, output, weight, bias
     EMBEDDING = "embedding"  # output, weight
+    MATRIX = "matrix"  # a matrix that its module reads itself: weight, bias, folded writes
     SPAN = "span"  # a whole sub-layer or block: input, output
     ATTENTION = "attention"  # a span that also has keys_values
     STACK = "stack"  # all layers of a stack: hidden_states, output
@@ -83,7 +84,8 @@ class AttentionShape:
     ``interface`` is the path of the module whose forward calls transformers' attention
     interface; None where the family calls none, so that no prefix can be inserted. Where ``cache``
     is given, that module calls none but takes a cache, by which a prefix enters; where ``form``
-    is given, a forward of ours stands for its own (see ``family.Place``).
+    is given, a forward of ours stands for its own (see ``family.Place``). ``value_width`` is the
+    width of a head's value where it is not ``head_width``.
     """
 
     heads: int
@@ -93,6 +95,12 @@ class AttentionShape:
     causal: bool
     cache: CacheArgument | None = None
     form: str | None = None
+    value_width: int | None = None
+
+    @property
+    def row_width(self) -> int:
+        """Width of one row of keys and values, side by side."""
+        return self.key_value_heads * (self.head_width + (self.value_width or self.head_width))
 
     @property
     def calls_interface(self) -> bool:
@@ -121,6 +129,8 @@ class Site:
             an *enclosing* module, that module hands its first argument on to ``module``; when
             it names one beside ``module``, that one runs before it in every call of the layer.
         attention: head shape where the site has ``keys_values``.
+        tensor: name of the weight in its module.
+        expert: which matrix of a stack of them (a tensor with three dimensions); None: no stack.
         shared_by: layers that run this very module (ALBERT); 1 otherwise.
         tied: path of another module that owns the same weight tensor (tied head).
         beyond_tokens: whether it runs on more than the tokens of the batch, so that an edit that
@@ -144,11 +154,19 @@ class Site:
     tied: str | None = None
     beyond_tokens: bool = False
     no_rows: str = ""
+    tensor: str = "weight"
+    expert: int | None = None
+
+    @property
+    def bias_tensor(self) -> str:
+        """Name of the bias that goes with the weight."""
+        return "bias" if self.tensor == "weight" else f"{self.tensor}_bias"
 
     @property
     def label(self) -> str:
         """Printable place: ``decoder.3.attention.query``."""
         parts = [self.stack, "" if self.layer is None else str(self.layer), self.role]
+        parts.append("" if self.expert is None else str(self.expert))
         return ".".join(part for part in parts if part)
 
     @property

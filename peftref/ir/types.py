@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from peftref.backbone.site_table import Site
+from peftref.backbone.site_table import Site, SiteKind
 from peftref.spec.selector import Positions
 from peftref.spec.technique import Expression
 from peftref.spec.typology import InsertionForm, IntegrationKind, Port
@@ -23,18 +23,19 @@ class Stage(IntEnum):
 
     TOKENS = 0
     INPUT = 1
-    WEIGHT_ADD = 2
-    WEIGHT_ROTATE = 3
-    WEIGHT_NORM = 4
-    BIAS = 5
-    PARALLEL = 6
-    OUTPUT = 7
-    KEYS_VALUES = 8
+    WEIGHT_BASE = 2
+    WEIGHT_ADD = 3
+    WEIGHT_ROTATE = 4
+    WEIGHT_NORM = 5
+    BIAS = 6
+    PARALLEL = 7
+    OUTPUT = 8
+    KEYS_VALUES = 9
 
     @property
     def on_weight(self) -> bool:
         """Whether edits of this stage act on the weight matrix."""
-        return Stage.WEIGHT_ADD <= self <= Stage.WEIGHT_NORM
+        return Stage.WEIGHT_BASE <= self <= Stage.WEIGHT_NORM
 
 
 class Form(IntEnum):
@@ -147,7 +148,12 @@ class WriteNode:
 
     @property
     def must_form(self) -> bool:
-        """Whether the effective weight must be formed: a slice's own input rotation."""
+        """Whether the effective weight must be formed.
+
+        Of a matrix that its module reads itself, and for a slice's own input rotation.
+        """
+        if self.site.kind is SiteKind.MATRIX:
+            return self.stage is not None and self.stage.on_weight
         return self.stage is Stage.WEIGHT_ROTATE and self.site.rows is not None
 
     @property

@@ -17,6 +17,7 @@ from peftref.lowering.attachment import Attachment
 from peftref.lowering.fold import Slot
 from peftref.lowering.initialise import initial_tensor
 from peftref.lowering.layers import carry_masks, collect_layers
+from peftref.lowering.matrix import stored_matrix
 from peftref.lowering.original import original_class
 from peftref.lowering.prefix import interface_name, register_interface
 from peftref.lowering.root import RootState, SwappedRoot, root_class
@@ -134,8 +135,8 @@ def _swap_module(
     substitutes: set[str] = set()
     for edit in edits:
         if edit.write.site.kind is not SiteKind.LINEAR:
-            substitutes |= {"weight"} if edit.stage.on_weight else set()
-            substitutes |= {"bias"} if edit.stage is Stage.BIAS else set()
+            substitutes |= {edit.write.site.tensor} if edit.stage.on_weight else set()
+            substitutes |= {edit.write.site.bias_tensor} if edit.stage is Stage.BIAS else set()
         shape = edit.write.site.attention
         if edit.stage is Stage.KEYS_VALUES and shape is not None and shape.cache is not None:
             substitutes |= {shape.cache.windows} if shape.cache.windows else set()
@@ -192,7 +193,9 @@ def _create(
     if owner is not None:
         weight = _frozen_weight(attachment, tensor, owner)
     reference = _reference(module)
-    value = initial_tensor(spec, tensor.name, seed, weight)
+    value = _start_of(model, attachment, tensor)
+    if value is None:
+        value = initial_tensor(spec, tensor.name, seed, weight)
     value = value.to(reference.dtype).to(reference.device, copy=True)
     if reference.is_meta:
         value = value.to("meta")
@@ -203,18 +206,34 @@ def _create(
     attachment.tensors[tensor.name] = (tensor.owner, local)
 
 
+def _start_of(
+    model: nn.Module, attachment: Attachment, tensor: PlannedTensor
+) -> Tensor | None:
+    """The first values of the tensor that this one is the start of, made just before."""
+    if tensor.spec.start_of is None:
+        return None
+    path, local = attachment.tensors[tensor.spec.start_of]
+    state = state_of(attachment.modules[path]) if path else root_state(model)
+    if state is None:
+        raise TypeError(f"{tensor.name}: the model has no adapter state")
+    return state.tree(attachment.name).fetcher(local)().detach().clone()
+
+
 def _frozen_weight(
     attachment: Attachment, tensor: PlannedTensor, module: nn.Module
 ) -> Callable[[], Tensor]:
     def weight() -> Tensor:
         from peftref.lowering.program import gather_rows
 
-        full = dense_weight(module)
         for plan in attachment.plan.modules:
             for edit in plan.edits:
                 if tensor.name in edit.tensors:
+                    full = stored_matrix(module, edit.write.site)
+                    if edit.stage is Stage.TOKENS:
+                        # Gemma scales its embeddings inside the module, and rows come behind it.
+                        full = full * getattr(module, "embed_scale", 1.0)
                     return gather_rows(full, edit.write.site.rows, 0)
-        return full
+        return dense_weight(module)
 
     return weight
 

@@ -80,13 +80,12 @@ def _merge_module(model: nn.Module, path: str, attachment: Attachment) -> list[s
     chosen, left = _prefix_of_fold(bound)
     if not chosen:
         return left
-    weight, bias = _folded(module, state, chosen)
-    kept = Kept({name: module._parameters.get(name) for name in ("weight", "bias")})
-    if weight is not None:
+    merged = _folded(module, state, chosen)
+    kept = Kept({name: module._parameters.get(name) for name in ("weight", "bias", *merged)})
+    if "weight" in merged:
         _untie(model, module, kept)
-        _put(module, "weight", weight)
-    if bias is not None:
-        _put(module, "bias", bias)
+    for name, tensor in merged.items():
+        _put(module, name, tensor)
     state.__dict__.setdefault("kept", {})[attachment.name] = kept
     done = {id(edit.edit) for edit in chosen}
     held.merged = frozenset(i for i, e in enumerate(held.edits) if id(e) in done)
@@ -121,14 +120,17 @@ def _prefix_of_fold(bound: list[BoundEdit]) -> tuple[list[BoundEdit], list[str]]
 
 def _folded(
     module: nn.Module, state: AdapterState, chosen: list[BoundEdit]
-) -> tuple[Tensor | None, Tensor | None]:
+) -> dict[str, Tensor]:
+    """The tensors of the module that the chosen edits change, with them."""
     fold = Fold(module, chosen, state.argument)
     if not fold.linear:
         own = {n: module._parameters.get(n) for n in ("weight", "bias")}
         names = {"weight"} if fold.weights else set[str]()
         names |= {"bias"} if fold.biases else set()
-        new = {n: fold.effective(n, p) for n, p in own.items() if p is not None and n in names}
-        return new.get("weight"), new.get("bias")
+        if fold.matrices:
+            names = set(fold.matrices.names)
+            own = {n: module._parameters.get(n) for n in names}
+        return {n: fold.effective(n, p) for n, p in own.items() if p is not None and n in names}
     touches = fold.weights or fold.inputs or fold.outputs
     # In the type of the weight's own arithmetic but never below float32: rounding once.
     wide = torch.promote_types(dense_weight(module).dtype, torch.float32)
@@ -144,14 +146,14 @@ def _folded(
         weight = new if edit.rows is None else weight + scatter_rows(new - rows, edit.rows, 0)
         if bias is not None:
             part = gather_rows(bias, edit.rows)
-            moved = edit.join_matrix(part[:, None], wide)[:, 0]
+            moved = edit.join_whole(part)
             whole = edit.rows is None
             bias = moved if whole else bias + scatter_rows(moved - part, edit.rows)
     changed = bool(fold.biases or fold.outputs)
-    return (
-        store_weight(module, weight) if touches else None,
-        _like(bias, module._parameters["bias"]) if bias is not None and changed else None,
-    )
+    new = {"weight": store_weight(module, weight)} if touches else {}
+    if bias is not None and changed:
+        new["bias"] = _like(bias, module._parameters["bias"])
+    return new
 
 
 def _like(value: Tensor, stored: Tensor | None) -> Tensor:

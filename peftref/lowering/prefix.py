@@ -46,10 +46,10 @@ def build_prefix(edits: list[BoundEdit], x: Tensor) -> Prefix:
             raise TypeError(f"{edit.edit.write.label}: not an attention site")
         rows = edit.rows_of_tokens(x)
         rows = rows[None] if rows.dim() == 2 else rows
-        heads = rows.unflatten(-1, (2, shape.key_value_heads, shape.head_width))
-        key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        keys.append(key)
-        values.append(value)
+        heads, width = shape.key_value_heads, shape.head_width
+        key, value = rows.split((heads * width, shape.row_width - heads * width), -1)
+        keys.append(key.unflatten(-1, (heads, -1)).transpose(1, 2))
+        values.append(value.unflatten(-1, (heads, -1)).transpose(1, 2))
     batch = max(key.shape[0] for key in keys)
     return Prefix(
         torch.cat([k.expand(batch, -1, -1, -1) for k in keys], 2),

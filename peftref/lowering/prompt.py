@@ -72,6 +72,10 @@ def class_generate(base: type[nn.Module]) -> Callable[..., Any]:
 
 def goes_on(call: dict[str, Any]) -> bool:
     """Whether this forward goes on from keys and values of an earlier one."""
+    state = call.get("cache_params")  # of state-space models
+    if state is not None:
+        previous = state.has_previous_state
+        return bool(previous() if callable(previous) else previous)
     cache = call.get("past_key_values")
     return cache is not None and bool(cache.get_seq_length())
 

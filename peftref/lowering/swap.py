@@ -93,7 +93,13 @@ def _run(
     fold = state.fold(module)
     if fold is None:
         return base.forward(module, *args, **kwargs)
-    return fold.run(module, base.forward, args, kwargs)
+    if not fold.matrices:
+        return fold.run(module, base.forward, args, kwargs)
+    fold.matrices.begin()
+    try:
+        return fold.run(module, base.forward, args, kwargs)
+    finally:
+        fold.matrices.end()
 
 
 def _substituted(name: str) -> property:
@@ -143,6 +149,7 @@ def swap(
     refuse_foreign(module, path)
     base = type(module)
     state = AdapterState(context, _first_parameter(base))
+    state.__dict__["host"] = module
     module.add_module(CHILD, state)
     state.train(module.training)
     set_class(module, _swapped_class(base, tuple(sorted(substitutes))))

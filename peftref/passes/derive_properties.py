@@ -14,6 +14,7 @@ from peftref.spec.typology import InsertionForm, IntegrationKind, Port
 __all__ = ["DeriveProperties"]
 
 _STREAMS = (Stage.INPUT, Stage.PARALLEL, Stage.OUTPUT)
+_WITH_MATRIX = (SiteKind.LINEAR, SiteKind.MATRIX)
 _ADDS = (IntegrationKind.ADD, IntegrationKind.SCALED_ADD, IntegrationKind.GATED_ADD)
 
 
@@ -67,6 +68,7 @@ def _stage(write: WriteNode, algebra: Algebra) -> Stage:
     weight            parallel, add                 WEIGHT_ADD
     weight            sequential, rotate            WEIGHT_ROTATE
     weight            sequential, replace           WEIGHT_NORM
+    weight            sequential, replace, base     WEIGHT_BASE
     bias              parallel, add                 BIAS
     output            parallel, add, linear map     WEIGHT_ADD (on a linear)
     output            parallel, any other           PARALLEL
@@ -94,7 +96,7 @@ def _stage(write: WriteNode, algebra: Algebra) -> Stage:
     if write.kind is IntegrationKind.REPLACE:
         raise _refuse(write, "replace is sequential: it needs the stream that it replaces")
     folds = write.kind in _ADDS and algebra.linear and algebra.matrix
-    if folds and write.site.kind is SiteKind.LINEAR and write.read is Port.INPUT:
+    if folds and write.site.kind in _WITH_MATRIX and write.read is Port.INPUT:
         return Stage.WEIGHT_ADD
     return Stage.PARALLEL
 
@@ -140,24 +142,24 @@ def _sequence_stage(write: WriteNode, algebra: Algebra, *, sequential: bool) -> 
 
 
 def _weight_stage(write: WriteNode, algebra: Algebra, *, sequential: bool) -> Stage:
-    if not algebra.matrix:
+    if not algebra.matrix or (algebra.affine and not algebra.linear):
         raise _refuse(write, "a function on a weight or bias needs a matrix form (linear maps)")
     if write.port is Port.BIAS:
         if sequential or write.kind not in _ADDS or not algebra.source:
             raise _refuse(write, "port bias takes a parallel add of 'delta'")
         return Stage.BIAS
     if not sequential and write.kind in _ADDS:
-        if write.site.kind is not SiteKind.LINEAR and not algebra.source:
+        if write.site.kind not in _WITH_MATRIX and not algebra.source:
             raise _refuse(write, f"the weight of a {write.site.kind.value} takes only 'delta'")
         return Stage.WEIGHT_ADD
-    if write.site.kind is not SiteKind.LINEAR:
+    if write.site.kind not in _WITH_MATRIX:
         raise _refuse(write, "only the weight of a linear site can be rotated or replaced")
     if sequential and write.kind is IntegrationKind.ROTATE and algebra.orthogonal:
         return Stage.WEIGHT_ROTATE
     if sequential and write.kind is IntegrationKind.REPLACE and not algebra.stream:
-        return Stage.WEIGHT_NORM
+        return Stage.WEIGHT_BASE if algebra.base else Stage.WEIGHT_NORM
     raise _refuse(write, "port weight takes: parallel add, sequential rotate (an orthogonal "
-                  "function), sequential replace ('column_norm')")
+                  "function), sequential replace ('column_norm', 'quantise')")
 
 
 def _refuse(write: WriteNode, rule: str) -> CompositionError:

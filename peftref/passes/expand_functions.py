@@ -18,7 +18,7 @@ from peftref.spec.typology import Port
 
 __all__ = ["ExpandFunctions"]
 
-_COMBINATORS = ("sum", "product")
+_COMBINATORS = ("sum", "product", "since_start")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,7 @@ class ExpandFunctions:
             raise CompositionError(f"{write.label}: {error}", mark=expression.mark) from None
         inputs: list[int] = [] if primitive.algebra().source else list(streams)
         for spec in primitive.tensors():
+            _check_rank(spec, place, write)
             inputs.append(graph.add(_tensor(spec, write)))
         return graph.add(OperationNode(primitive), tuple(inputs))
 
@@ -156,6 +157,19 @@ class ExpandFunctions:
             seen[place] = write.site.label
 
 
+def _check_rank(spec: TensorSpec, place: Place, write: WriteNode) -> None:
+    """A matrix has no more parts than its smaller side."""
+    if not spec.init.startswith(("svd_", "qr_", "loftq_")):
+        return
+    columns = spec.init.partition("(")[0].endswith(("up", "left"))
+    parts, most = spec.shape[1 if columns else 0], min(place.port_shape)
+    if parts > most:
+        raise CompositionError(
+            f"{write.label}: {spec.name!r} starts at {parts} parts of the weight ({spec.init}), "
+            f"which has {most}; lower the rank"
+        )
+
+
 def _tensor(spec: TensorSpec, write: WriteNode) -> TensorNode:
     return TensorNode(spec, write.member, write.module, f"{write.path}.{write.key}.{spec.name}")
 
@@ -165,7 +179,7 @@ def port_width(write: WriteNode) -> int:
     if write.port is Port.INPUT:
         return write.site.d_in
     if write.port is Port.KEYS_VALUES and write.site.attention is not None:
-        return 2 * write.site.attention.key_value_heads * write.site.attention.head_width
+        return write.site.attention.row_width
     return write.site.d_out
 
 

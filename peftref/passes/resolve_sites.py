@@ -112,5 +112,6 @@ def _sites(graph: AdapterGraph, module: ModuleSpec) -> tuple[Site, ...]:
 def _key(member: str, module: str, site: Site) -> str:
     """Name of the edit; carries the role where one module can hold several sites."""
     shared = site.rows is not None or site.kind in (SiteKind.SPAN, SiteKind.ATTENTION)
-    shared = shared or site.input is not None
-    return f"{member}.{module}.{site.role.replace('.', '_')}" if shared else f"{member}.{module}"
+    shared = shared or site.expert is not None or site.input is not None
+    role = site.role.replace(".", "_") + ("" if site.expert is None else f"_{site.expert}")
+    return f"{member}.{module}.{role}" if shared else f"{member}.{module}"

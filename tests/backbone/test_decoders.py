@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,9 +25,16 @@ MERGED = 1e-10  # float64, relative to the largest logit
 CLOSE = 1e-4  # float32; in float64 some families give NaN for padding without any adapter
 PADDING, NEW = 3, 3
 TECHNIQUES = {
-    "weights": "lora(rank=2, site='{attention,ffn}.*') + dora(rank=2) + ia3 + ln_tuning",
+    "weights": "lora(rank=2, site='{attention,ffn?}.*') + dora(rank=2) + "
+               "ia3(feedforward='ffn?.down') + ln_tuning",
     "adapters": "houlsby_adapter(bottleneck=4) + scaled_parallel_adapter(bottleneck=8)",
     "prefix": "prefix_tuning(length=3)",
+    "prompt": "prompt_tuning(length=3)",
+}
+MIXERS = {  # what has no attention takes adapters of its mixer, and no prefix
+    "weights": "lora(rank=2, site='mixer.*') + dora(rank=2, site='mixer.output') + ln_tuning",
+    "adapters": "houlsby_adapter(bottleneck=4, site='mixer') + "
+                "scaled_parallel_adapter(bottleneck=8, site='mixer')",
     "prompt": "prompt_tuning(length=3)",
 }
 VARIANTS = {
@@ -43,6 +51,16 @@ def make(
 ) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     family, changes = VARIANTS[variant]
     return tiny(family, "causal_lm", dtype=dtype, **changes), inputs(family, "causal_lm")
+
+
+def attached(model: PreTrainedModel, technique: str) -> Adapted:
+    if model.config.model_type in ("mamba", "mamba2"):
+        if technique not in MIXERS:
+            with pytest.raises(BackboneError, match=r"mixer\.input"):
+                peftref.attach(model, TECHNIQUES[technique])
+            pytest.skip("there is no attention")
+        return peftref.attach(model, MIXERS[technique])
+    return peftref.attach(model, TECHNIQUES[technique])
 
 
 def logits(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
@@ -76,7 +94,7 @@ def reached(adapted: Adapted, given: dict[str, Tensor]) -> set[str]:
 def test_identity_count_gradient_merge_and_detach(variant: str, technique: str) -> None:
     model, given = make(variant)
     with unchanged(model, given) as frozen:
-        adapted = peftref.attach(model, TECHNIQUES[technique])
+        adapted = attached(model, technique)
         identity = adapted.plan.properties.identity_at_init
         assert identity == (technique == "weights")
         if identity:
@@ -97,9 +115,10 @@ def test_identity_count_gradient_merge_and_detach(variant: str, technique: str) 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_lora_counts_what_its_formula_says(variant: str) -> None:
     model, _ = make(variant)
-    sites = [s for s in site_table(model) if s.role.startswith(("attention.", "ffn."))]
-    assert {site.kind for site in sites} == {SiteKind.LINEAR}
-    plan = peftref.compile("lora(rank=3, site='{attention,ffn}.*')", model)
+    roles = ("attention.", "ffn.", "mixer.", "experts.")
+    sites = [s for s in site_table(model) if s.role.startswith(roles)]
+    assert {site.kind for site in sites} <= {SiteKind.LINEAR, SiteKind.MATRIX}
+    plan = peftref.compile("lora(rank=3, site='{attention?,ffn?,mixer?,experts?}.*')", model)
     assert plan.trainable_parameters == sum(3 * (site.d_in + site.d_out) for site in sites)
 
 
@@ -113,9 +132,9 @@ def test_a_row_padded_on_the_left_is_the_row_alone_and_caches_see_the_same(
     padded = {name: pad(value, (PADDING, 0)) for name, value in alone.items()}
     # Learned positions need them without any adapter; `generate` gives them.
     padded["position_ids"] = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    if "position_ids" not in type(model).forward.__annotations__:
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
         del padded["position_ids"]
-    randomise(peftref.attach(model, TECHNIQUES[technique]))
+    randomise(attached(model, technique))
     whole = logits(model, alone)
     size = float(whole.abs().max())
     assert (logits(model, padded)[:, PADDING:] - whole).abs().max() <= CLOSE * size
@@ -127,19 +146,26 @@ def _steps(model: PreTrainedModel, given: dict[str, Tensor]) -> Iterator[Tensor]
     """The logits of the last tokens, each from the cache of those before."""
     length = given["input_ids"].shape[1]
     cache, start = None, 0
+    states = "cache_params" in inspect.signature(type(model).forward).parameters
+    name = "cache_params" if states else "past_key_values"
     for end in range(length - NEW, length + 1):
         call = {name: value[:, start:end] for name, value in given.items()}
         call["attention_mask"] = given["attention_mask"][:, :end]
+        if states and start:
+            del call["attention_mask"]  # a state holds no tokens that a mask could hide
         with torch.no_grad():
-            out = model(**call, past_key_values=cache, use_cache=True)
-        cache, start = out.past_key_values, end
+            out = model(**call, **{name: cache}, use_cache=True)
+        cache, start = out[name], end
         yield out.logits[:, -1:]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_checkpointed_prefix_has_the_same_gradients(variant: str) -> None:
     model, given = make(variant)
-    adapted = randomise(peftref.attach(model, "prefix_tuning(length=3) + ia3"))
+    expression = "prefix_tuning(length=3) + lora"
+    if model.config.model_type in ("mamba", "mamba2"):
+        expression = MIXERS["weights"]
+    adapted = randomise(peftref.attach(model, expression))
     found: list[list[Tensor]] = []
     for checkpoint in (False, True):
         if checkpoint:
@@ -157,6 +183,6 @@ def test_a_checkpointed_prefix_has_the_same_gradients(variant: str) -> None:
 @pytest.mark.parametrize("family", ALL_DECODERS)
 def test_a_resized_vocabulary_is_noticed(family: str) -> None:
     model, _ = make(family)
-    peftref.attach(model, "lora(rank=2)")
+    peftref.attach(model, "lora(rank=2, site='{attention?,mixer?}.*')")
     with pytest.raises(BackboneError, match="resize before attach"):
         model.resize_token_embeddings(120)

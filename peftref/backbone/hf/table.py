@@ -33,7 +33,7 @@ from peftref.errors import BackboneError, SpecError
 __all__ = ["inferred_table", "module_table", "site_table"]
 
 SPANS = {"attention": SiteKind.ATTENTION, "cross_attention": SiteKind.ATTENTION,
-         "ffn": SiteKind.SPAN}
+         "ffn": SiteKind.SPAN, "mixer": SiteKind.SPAN}
 
 
 def site_table(
@@ -146,6 +146,7 @@ class _Heads:
     key_value_heads: int
     width: int
     hidden: int
+    value_width: int | None = None
 
 
 class _Reader:
@@ -218,6 +219,8 @@ class _Reader:
                          shared_by=layer.runs)
             yield block
             norm = next((site for site in sites if site.role == "norm.ffn"), None)
+            if all(site.role != "ffn" for site in sites):
+                continue
             if self.pre_norm or norm is None:
                 yield replace(block, role="residual.ffn")
             else:
@@ -243,6 +246,8 @@ class _Reader:
                            beyond_tokens=bool(beyond and getattr(self.model.config, beyond, False)))
             if role.name in SPANS:
                 yield self._span(site, role.place, prefix, heads)
+            elif role.place.tensor is not None:
+                yield from self._matrices(site, role, heads)
             elif role.place.rows is not None:
                 yield self._slice(site, role, heads)
             else:
@@ -288,12 +293,29 @@ class _Reader:
         cache = place.cache
         taken = cache and CacheArgument(cache.argument, tuple(cache.pad.items()), cache.windows)
         return AttentionShape(heads.heads, heads.key_value_heads, heads.width, interface,
-                              bool(causal), taken, place.form)
+                              bool(causal), taken, place.form, heads.value_width)
+
+    def _matrices(self, site: Site, role: Role, heads: _Heads) -> Iterator[Site]:
+        """A matrix that the module reads itself, or one for each of its experts."""
+        name = str(role.place.tensor)
+        own = dict(self.modules[site.module].named_parameters(recurse=False))
+        tensor = own.get(name)
+        if tensor is None or tensor.dim() not in (2, 3):
+            raise self._misfit(f"{site.module!r} has no matrix {name!r} among {', '.join(own)}")
+        rows, width = tensor.shape[-2:][:: -1 if role.place.transposed else 1]
+        site = replace(site, kind=SiteKind.MATRIX, d_in=width, d_out=rows, tensor=name,
+                       transposed=role.place.transposed)
+        site = replace(site, bias=site.bias_tensor in own)
+        site = site if role.place.rows is None else self._slice(site, role, heads)
+        if tensor.dim() == 2:
+            yield site
+        else:
+            yield from (replace(site, expert=i) for i in range(len(tensor)))
 
     def _slice(self, site: Site, role: Role, heads: _Heads) -> Site:
         rule = choose(role.place.rows, self.model.config)
         rows = row_slice(str(rule), role.part, site.d_out, heads.heads, heads.key_value_heads,
-                         heads.width)
+                         heads.width, heads.value_width or heads.width)
         if rows is None:
             raise self._misfit(
                 f"{site.module!r} has {site.d_out} rows, which is not what rule {rule!r} makes of "
@@ -326,9 +348,11 @@ class _Reader:
         return 0
 
     def _heads(self, stack: Stack) -> _Heads:
-        heads = int(self._attribute(stack, stack.heads))
         config = self._config(stack)
         hidden = self._attribute(stack, "hidden_size")
+        if not stack.heads:
+            return _Heads(1, 1, hidden, hidden)
+        heads = int(self._attribute(stack, stack.heads))
         width = self._attribute(stack, stack.head_width) if stack.head_width else None
         width = width or getattr(config, "head_dim", None) or hidden // heads
         groups = choose(stack.key_value_heads, config)
@@ -336,7 +360,8 @@ class _Reader:
             groups = getattr(config, "num_key_value_heads", None) or heads
         elif isinstance(groups, str):
             groups = self._attribute(stack, groups)
-        return _Heads(heads, int(groups), int(width), hidden)
+        value = self._attribute(stack, stack.value_width) if stack.value_width else None
+        return _Heads(heads, int(groups), int(width), hidden, value)
 
     def _config(self, stack: Stack) -> object:
         """The configuration of a stack: its own one, or the model's."""
