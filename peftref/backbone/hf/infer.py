@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peftref.backbone.hf.layer import Doubt, LayerReader, same
-from peftref.backbone.hf.modules import head_modules, measure, named_modules
+from peftref.backbone.hf.layer import Doubt, LayerReader, kind_of, same
+from peftref.backbone.hf.modules import head_modules, named_modules
 from peftref.backbone.hf.probe import Probe
 from peftref.backbone.hf.shrink import base_model, example_inputs, outline, small_model
 from peftref.backbone.hf.trace import Attended, Call
@@ -60,7 +60,7 @@ def _odd_layers(base: nn.Module, layers: str) -> Iterator[str]:
     """Yield a doubt if the layers of the real model have not all the same modules."""
     path = base.get_submodule(layers)
     own = [{name for name, each in named_modules(layer).items()
-            if measure(each).kind in (SiteKind.LINEAR, SiteKind.NORM)}
+            if kind_of(each) in (SiteKind.LINEAR, SiteKind.NORM)}
            for layer in path.children()]
     for i, names in enumerate(own):
         if names != own[0]:
@@ -102,7 +102,7 @@ class _ModelReader:
         elif norms:
             self.found.doubts.append("some layers have their norms before sub-layers, some after")
         left = [path for path, module in self.modules.items() if path not in self.inside
-                and measure(module).kind is not SiteKind.SPAN]
+                and kind_of(module) is not SiteKind.SPAN]
         self.found.unplaced = sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", path) for path in left})
 
     def _list_of(self, attended: Attended) -> str | None:
@@ -154,7 +154,7 @@ class _ModelReader:
             self.inside |= reader.placed.keys()
         silent = [each for each, module in self.modules.items()
                   if each.startswith(f"{path}.") and each not in self.calls
-                  and measure(module).kind in (SiteKind.LINEAR, SiteKind.NORM)]
+                  and kind_of(module) in (SiteKind.LINEAR, SiteKind.NORM)]
         if silent:
             self.found.doubts.append(f"{silent[0]}: is not called in every forward")
         if any(findings != read[0] for findings in read):
@@ -229,7 +229,7 @@ class _ModelReader:
         self, call: Call, stacks: Mapping[str, str], ordered: list[str], starts: Mapping[str, int]
     ) -> tuple[str, str, Finding] | None:
         module = self.modules[call.path]
-        kind = measure(module).kind
+        kind = kind_of(module)
         if kind is SiteKind.EMBEDDING:
             words = getattr(module, "num_embeddings", 0) == self.small.config.vocab_size
             side = self._reads_ids(call) if words else None

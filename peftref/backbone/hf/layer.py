@@ -12,16 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from peftref.backbone.hf.modules import measure
+from peftref.backbone.hf.modules import measure, named_modules
 from peftref.backbone.hf.probe import PARTS, Part, Probe
 from peftref.backbone.hf.trace import Attended, Call
 from peftref.backbone.infer import Finding
 from peftref.backbone.rows import row_slice
 from peftref.backbone.site_table import SiteKind
 
-__all__ = ["Doubt", "LayerReader", "same"]
+__all__ = ["Doubt", "LayerReader", "kind_of", "same"]
 
 FUSED = ("thirds", "head_interleaved", "gqa", "multi_query", "grouped")
 TOLERANCE = 1e-4  # float32 sums in another order; unrelated random tensors differ by about 1
@@ -29,6 +29,13 @@ TOLERANCE = 1e-4  # float32 sums in another order; unrelated random tensors diff
 
 class Doubt(Exception):  # noqa: N818 - no error: it ends in a refusal that lists it
     """Something about a layer that no rule explains."""
+
+
+def kind_of(module: nn.Module) -> SiteKind:
+    """Return what a module is; a norm with a weight for each head (Cohere) is one too."""
+    kind = measure(module).kind
+    named = kind is SiteKind.SPAN and isinstance(getattr(module, "weight", None), nn.Parameter)
+    return SiteKind.NORM if named and "Norm" in type(module).__name__ else kind
 
 
 def same(one: Tensor | None, other: Tensor | None) -> bool:
@@ -79,10 +86,12 @@ class LayerReader:
             parts.append(self._attention(name, where))
         parts.append(self._feed_forward(parts))
         self._stream(parts)
-        left = [call.path for call in self._calls(SiteKind.LINEAR, SiteKind.NORM)
-                if call.path not in self.placed]
-        if left:
-            raise Doubt(f"{', '.join(sorted(left))}: no role explains what it does")
+        left = sorted(path for path, module in named_modules(self.probe.model).items()
+                      if path.startswith(f"{self.path}.") and path not in self.placed
+                      and kind_of(module) is not SiteKind.EMBEDDING
+                      and any(True for _ in module.parameters(recurse=False)))
+        if left or any(True for _ in self._layer().parameters(recurse=False)):
+            raise Doubt(f"{', '.join(left) or self.path}: no role explains what its weights do")
         # As a built-in row: in the order in which the modules have finished.
         self.findings.sort(key=lambda each: self._call(f"{self.path}.{each.module}").end)
         return tuple(self.findings)
@@ -103,6 +112,9 @@ class LayerReader:
     def _at(self, index: int) -> Attended:
         return self.probe.trace.attended[index]
 
+    def _layer(self) -> nn.Module:
+        return self.probe.model.get_submodule(self.path)
+
     def _call(self, path: str) -> Call:
         calls = self.probe.trace.calls.get(path, [])
         if len(calls) != 1:
@@ -112,7 +124,7 @@ class LayerReader:
     def _calls(self, *kinds: SiteKind) -> list[Call]:
         """Return the calls of the layer's modules of these kinds, in order."""
         inside = [path for path in self.probe.trace.calls if path.startswith(f"{self.path}.")
-                  and measure(self.probe.model.get_submodule(path)).kind in kinds]
+                  and kind_of(self.probe.model.get_submodule(path)) in kinds]
         return sorted((self._call(path) for path in inside), key=lambda call: call.begin)
 
     def _place(self, role: str, module: str, why: str, **settings: object) -> None:
