@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from peftref.ir.graph import AdapterGraph
+from peftref.ir.types import TensorNode
 from peftref.passes.base import Library, make_procedure, wrong_argument
 
 __all__ = ["ApplyCouplings"]
@@ -29,10 +30,15 @@ class ApplyCouplings:
             except ValidationError as error:
                 raise wrong_argument(spec.name, error, kind.Arguments, spec.mark) from None
             done.append(f"{spec.name}: {kind(arguments).apply(graph, spec.members or everyone)}")
-        for member in graph.composition.members:
-            graph.procedures.extend(member.technique.procedures)
-        graph.procedures.extend(graph.composition.procedures)
+        own = [p for member in graph.composition.members for p in member.technique.procedures]
+        for procedure in (*own, *graph.composition.procedures):
+            # Two members of one technique ask for the same: it covers both.
+            if procedure not in graph.procedures:
+                graph.procedures.append(procedure)
+        # What a coupling trains itself goes by the coupling's name.
+        known = tuple(dict.fromkeys([
+            *everyone, *(node.member for _, node in graph.of_type(TensorNode))]))
         made = [make_procedure(spec, self.library) for spec in graph.procedures]
         for procedure in made:
-            procedure.check(everyone, made)
+            procedure.check(known, made)
         return "; ".join(done) or "none"

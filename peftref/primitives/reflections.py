@@ -69,10 +69,12 @@ class Reflections(Primitive[ReflectionsArguments]):
         return self.flops() * self.place.d_in
 
     def bind(self, runtime: Runtime) -> Operation:
+        from torch.nn.functional import linear
+
         def reflect(x: Tensor, vectors: Tensor) -> Tensor:
             units = vectors / vectors.norm(dim=1, keepdim=True)
-            for unit in reversed(units.unbind()):
-                x = x - 2 * (x @ unit)[..., None] * unit
+            for unit in reversed(units.split(1)):
+                x = x - linear(linear(x, unit), 2 * unit.mT)
             return x
 
         return reflect
