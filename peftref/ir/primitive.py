@@ -40,7 +40,10 @@ class Arguments(Frozen):
     name: str | None = None
 
 
-FROM_BACKBONE = ("vocabulary", "weight_norm")
+FROM_BACKBONE = (
+    "vocabulary", "weight_norm", "input_norm", "svd_left", "svd_right", "svd_up", "svd_down",
+    "svd_scaled_right", "qr_up", "qr_down", "loftq_up", "loftq_down",
+)
 """Initialisers that read the backbone's tensor."""
 
 
@@ -58,6 +61,7 @@ class TensorSpec:
         sliced: a shared tensor may be larger than a site needs; the leading corner is used.
         buffer: state that is saved but is no parameter (a mask).
         stacked: leading copies made by a coupling; initialised apart.
+        start_of: name of the tensor whose first values this one keeps.
     """
 
     name: str
@@ -69,11 +73,12 @@ class TensorSpec:
     sliced: bool = False
     buffer: bool = False
     stacked: int = 0
+    start_of: str | None = None
 
     @property
     def from_backbone(self) -> bool:
         """Whether it starts at values of the backbone's own tensor at its site."""
-        return self.init in FROM_BACKBONE
+        return self.init.partition("(")[0] in FROM_BACKBONE
 
     @property
     def size(self) -> int:
@@ -116,6 +121,7 @@ class Algebra:
         identity_at_init: f(x) = x before the first step.
         keeps_zero: f(0) = 0 before the first step.
         matrix: f has a matrix form.
+        base: f maps the frozen weight alone, before every trained edit.
         stream: f has an activation form.
         random: f draws random numbers while training.
         mixes_tokens: a row of the output depends on other rows of the input.
@@ -130,6 +136,7 @@ class Algebra:
     identity_at_init: bool = False
     keeps_zero: bool = False
     matrix: bool = False
+    base: bool = False
     stream: bool = True
     random: bool = False
     mixes_tokens: bool = False
@@ -146,6 +153,7 @@ class Algebra:
             identity_at_init=self.identity_at_init and after.identity_at_init,
             keeps_zero=after.zero_at_init or (self.keeps_zero and after.keeps_zero),
             matrix=self.matrix and after.matrix,
+            base=after.base,
             stream=self.stream and after.stream,
             random=self.random or after.random,
             mixes_tokens=self.mixes_tokens or after.mixes_tokens,
@@ -164,10 +172,11 @@ IDENTITY = Algebra(
 
 
 def identity_like(tensor: Tensor, width: int) -> Tensor:
-    """The identity of a width, of the tensor's type and device."""
+    """The identity of a width, on the tensor's device and of its type, float32 at least."""
     import torch
 
-    return torch.eye(width, dtype=tensor.dtype, device=tensor.device)
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.eye(width, dtype=wide, device=tensor.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +206,10 @@ class Runtime(Protocol):
         """The (batch, tokens) padding mask of the running call, where it has one."""
         ...
 
+    def weight(self) -> Tensor:
+        """The frozen weight (d_out, d_in) at the site."""
+        ...
+
 
 A = TypeVar("A", bound=Arguments)
 
@@ -212,6 +225,8 @@ class Primitive(ABC, Generic[A]):
     name: ClassVar[str]
     Arguments: ClassVar[type[Arguments]] = Arguments
     on_tensors: ClassVar[bool] = False  # maps tensors to a tensor, reads no stream
+    reads_weight: ClassVar[bool] = False  # asks the runtime for the frozen weight
+    reads_start: ClassVar[bool] = False  # reads its input twice: trained, and as it was at first
 
     def __init__(self, arguments: A, place: Place) -> None:
         self.arguments = arguments
@@ -274,7 +289,7 @@ class Primitive(ABC, Generic[A]):
 
         def matrix(before: Tensor | None, *tensors: Tensor) -> Tensor:
             if before is None:
-                before = identity_like(tensors[0], d_in)
+                before = identity_like(tensors[0] if tensors else runtime.weight(), d_in)
             return form(before.mT, *tensors).mT
 
         return matrix

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from peftref.errors import SpecError
-from peftref.ir.primitive import FROM_BACKBONE, TensorSpec
+from peftref.ir.primitive import TensorSpec
+from peftref.lowering.from_weight import FROM_WEIGHT
 
 __all__ = ["initial_tensor"]
 
-_CALL = re.compile(r"(?P<name>[a-z_]+)(?:\((?P<value>[-+0-9.e]+)\))?")
+_CALL = re.compile(r"(?P<name>[a-z_]+)(?:\((?P<value>[-+a-z0-9.,]+)\))?")
 Draw = Callable[[tuple[int, ...], float, torch.Generator], Tensor]
 
 
@@ -50,21 +51,29 @@ def _draw(
     weight: Callable[[], Tensor] | None,
 ) -> Tensor:
     found = _CALL.fullmatch(spec.init.replace(" ", ""))
-    if found is None or found["name"] not in {**_DRAWS, **_FROM_WEIGHT}:
-        known = ", ".join(sorted({**_DRAWS, **_FROM_WEIGHT}))
+    if found is None or found["name"] not in {**_DRAWS, **FROM_WEIGHT}:
+        known = ", ".join(sorted({**_DRAWS, **FROM_WEIGHT}))
         raise SpecError(f"Unknown initialiser {spec.init!r} of {name}. Available: {known}")
     key = f"{seed}:{name}" if spec.seed is None else f"{spec.seed}:{spec.name}"
     generator = torch.Generator().manual_seed(
         int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
     )
-    if found["name"] in _FROM_WEIGHT:
+    if found["name"] in FROM_WEIGHT:
         if weight is None:
             raise SpecError(f"{name}: initialiser {spec.init!r} needs the backbone's own tensor")
         frozen = weight().detach().cpu()
         wide = frozen.to(torch.promote_types(frozen.dtype, torch.float32))
-        return _FROM_WEIGHT[found["name"]](wide, shape, generator)
-    value = float(found["value"]) if found["value"] else math.nan
+        given = tuple(found["value"].split(",")) if found["value"] else ()
+        return FROM_WEIGHT[found["name"]](wide, shape, given, generator)
+    value = _number(found["value"], spec.init, name)
     return _DRAWS[found["name"]](shape, value, generator)
+
+
+def _number(text: str | None, init: str, name: str) -> float:
+    try:
+        return float(text) if text else math.nan
+    except ValueError:
+        raise SpecError(f"{name}: {init!r} takes one number, not {text!r}") from None
 
 
 def _uniform(bound: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -110,6 +119,16 @@ def _paired(shape: tuple[int, ...], bound: float, generator: torch.Generator) ->
     return _uniform(bound, (shape[0] // 2, *shape[1:]), generator).repeat_interleave(2, 0)
 
 
+def _near(shape: tuple[int, ...], mean: float, generator: torch.Generator) -> Tensor:
+    """Normal around ``mean`` with standard deviation 0.001 (ScaLearn's weights)."""
+    return torch.empty(shape).normal_(mean, 0.001, generator=generator)
+
+
+def _near_eye(shape: tuple[int, ...], value: float, _: torch.Generator) -> Tensor:
+    """Ones on the diagonal, ``value`` elsewhere (AdapterFusion's value matrix)."""
+    return torch.full(shape, value).fill_diagonal_(1.0)
+
+
 _DRAWS: dict[str, Draw] = {
     "zeros": lambda shape, value, generator: torch.zeros(shape),
     "ones": lambda shape, value, generator: torch.ones(shape),
@@ -123,24 +142,6 @@ _DRAWS: dict[str, Draw] = {
     "eye": lambda shape, value, generator: torch.eye(*shape[-2:]).expand(shape).clone(),
     "paired_uniform": _paired,
     "xavier_normal": _xavier_normal,
+    "near": _near,
+    "near_eye": _near_eye,
 }
-
-
-def _weight_norm(weight: Tensor, _shape: tuple[int, ...], _: torch.Generator) -> Tensor:
-    """Norm of each output neuron's inputs."""
-    return weight.norm(dim=1)
-
-
-def _vocabulary(weight: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Embeddings of tokens drawn without replacement from the 5,000 lowest ids.
-
-    Vocabularies are ordered by frequency, so these are frequent tokens (Lester et al. 2021).
-    """
-    pool = min(5000, weight.shape[0])
-    rows = torch.randperm(pool, generator=generator)
-    return weight[rows[torch.arange(shape[0]) % pool]].clone()
-
-
-_FROM_WEIGHT: dict[str, Callable[[Tensor, tuple[int, ...], torch.Generator], Tensor]] = dict(
-    zip(FROM_BACKBONE, (_vocabulary, _weight_norm), strict=True)
-)

@@ -13,6 +13,7 @@ from peftref.errors import BackboneError
 from peftref.ir.edits import EditPlan
 from peftref.lowering.fold import Fold, Slot
 from peftref.lowering.program import BoundEdit
+from peftref.lowering.weight import dense_weight
 
 __all__ = ["CHILD", "AdapterState", "CallContext", "TensorTree", "settled"]
 
@@ -91,7 +92,9 @@ class AdapterState(nn.Module):
         self._fold: Fold | None = None
         self._stale = True
         # The owner of shared tensors is registered on the root only: here it must be no child.
+        # Nor must the module that carries this state: it is no part of its own child.
         self.__dict__["root"] = None
+        self.__dict__["host"] = None
 
     def forward(self) -> None:
         """A container; the swapped module runs its fold."""
@@ -105,6 +108,10 @@ class AdapterState(nn.Module):
                 "call the model that was given to attach, not a module inside it"
             )
         return self.context.masks.get(stack)
+
+    def weight(self) -> Tensor:
+        """The frozen weight of the module that carries this state."""
+        return dense_weight(self.__dict__["host"])
 
     def tree(self, adapter: str) -> TensorTree:
         """The tensors of one adapter, made on first use."""

@@ -170,6 +170,9 @@ def is_low_rank(edit: EditPlan) -> bool:
             return False
         before = first + index
     factors = [s.primitive for _, s in links if s.primitive.tensors()]
+    bare = [s.primitive.link for _, s in links if not s.primitive.tensors()]
+    if any(link is None or link.kind != "dropout" for link in bare):
+        return False  # such as a sum over groups of inputs
     plain = all(len(f.tensors()) == 1 and f.tensors()[0].name.endswith(".weight") for f in factors)
     matrices = len(factors) == 2 and plain and all(len(f.tensors()[0].shape) == 2 for f in factors)
     return edit.stage is Stage.WEIGHT_ADD and matrices and before == program.result

@@ -9,6 +9,7 @@ from peftref.passes.check_rules import CheckRules
 from peftref.passes.choose_lowering import ChooseLowering
 from peftref.passes.derive_properties import DeriveProperties
 from peftref.passes.expand_functions import ExpandFunctions
+from peftref.passes.freeze_start import FreezeStart
 from peftref.passes.fuse import Fuse
 from peftref.passes.resolve_sites import ResolveSites
 from peftref.passes.simplify import Simplify
@@ -29,6 +30,7 @@ def default_passes(
         ExpandFunctions(library),
         ApplyCouplings(library),
         TieParameters(),
+        FreezeStart(),
         Simplify(),
         DeriveProperties(),
         CheckRules(),

@@ -11,7 +11,7 @@ from peftref.registry import primitives
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Chain", "Product", "Sum"]
+__all__ = ["Chain", "Product", "SinceStart", "Sum"]
 
 
 @primitives.register("chain")
@@ -86,6 +86,35 @@ class Product(Primitive[Arguments]):
             return first
 
         return product
+
+
+@primitives.register("since_start")
+class SinceStart(Primitive[Arguments]):
+    """``f(x; theta) - f(x; theta_0)``: zero at first, wherever the tensors of ``f`` start.
+
+    Of a part of the weight as first value only its change acts, and the backbone stays as it is
+    (PiSSA, Meng et al. 2024, https://arxiv.org/abs/2404.02948).
+    """
+
+    name = "since_start"
+    reads_start = True
+
+    def algebra(self) -> Algebra:
+        return Algebra(linear=True, matrix=True, keeps_zero=True)
+
+    def combine(self, inputs: tuple[Algebra, ...]) -> Algebra:
+        return replace(_combine(inputs, zero=True), keeps_zero=True)
+
+    def flops(self) -> int:
+        return self.place.d_out
+
+    def bind(self, runtime: Runtime) -> Operation:
+        import torch
+
+        return torch.sub
+
+    def bind_matrix(self, runtime: Runtime) -> Operation:
+        return self.bind(runtime)
 
 
 def _combine(inputs: tuple[Algebra, ...], *, zero: bool) -> Algebra:

@@ -26,7 +26,7 @@ __all__ = ["Kron", "KronArguments", "factorise"]
 
 
 class KronArguments(Arguments):
-    """``factor`` -1: the most square split; ``rank``: of the factors that are decomposed, if any."""
+    """``factor`` -1: the most square split; ``rank``: of factors that are decomposed, if any."""
 
     rank: int | None = Field(default=8, gt=0)
     factor: int = Field(default=-1, ge=-1)

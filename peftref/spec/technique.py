@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-COMBINATORS = ("chain", "sum", "product")
+COMBINATORS = ("chain", "sum", "product", "since_start")
 
 
 class Reference(Frozen):

@@ -60,10 +60,14 @@ class Case:
 class _Still:
     """The runtime of a module in evaluation mode, without padding."""
 
+    case: Case
     training: bool = False
 
     def token_mask(self, stack: str) -> Tensor | None:
         return None
+
+    def weight(self) -> Tensor:
+        return weight(self.case)
 
 
 class PrimitiveContract:
@@ -101,7 +105,7 @@ class PrimitiveContract:
     def apply(self, case: Case, *, start: bool) -> Callable[[Tensor], Tensor]:
         """The activation form as a function of the stream."""
         primitive, tensors = case.make(), self.tensors(case, start=start)
-        form = primitive.bind(_Still())
+        form = primitive.bind(_Still(case))
         if primitive.algebra().source:
             return lambda _: form(*tensors)
         return lambda x: form(*[x] * case.streams, *tensors)
@@ -131,7 +135,7 @@ class PrimitiveContract:
         algebra = primitive.algebra()
         if not (algebra.matrix and algebra.linear and algebra.stream) or case.streams > 1:
             pytest.skip("has only one of the forms")
-        form = primitive.bind_matrix(_Still())
+        form = primitive.bind_matrix(_Still(case))
         tensors = self.tensors(case, start=False)
         eye = torch.eye(case.d_in, dtype=torch.float64)
         matrix = form(eye, *tensors)
@@ -179,12 +183,12 @@ class PrimitiveContract:
         """Away from the first values, each tensor changes the result."""
         primitive = case.make()
         tensors = [t.requires_grad_() for t in self.tensors(case, start=False)]
-        form = primitive.bind(_Still())
+        form = primitive.bind(_Still(case))
         if not tensors:
             pytest.skip("has no tensors")
         first = [] if primitive.algebra().source else [self.stream(case)] * case.streams
         if not primitive.algebra().stream:
-            form, first = primitive.bind_matrix(_Still()), [weight(case)]
+            form, first = primitive.bind_matrix(_Still(case)), [weight(case)]
         result = form(*first, *tensors)
         weights = torch.linspace(-1, 2, result.numel(), dtype=result.dtype).view_as(result)
         gradients = torch.autograd.grad((weights * result).sum(), tensors)

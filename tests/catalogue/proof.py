@@ -199,10 +199,11 @@ def assert_reached(expression: str, family: str = "bert", *, steps: int = 3,
     assert not missed, missed
 
 
-def assert_same_as_peft(
+def assert_same_as_peft(  # noqa: PLR0913 - one keyword for each way to differ
     family: str, expression: str, config: peft.PeftConfig,
     names: Callable[[nn.Module, str], Mapping[str, Counterpart]], *,
     merges: bool = True, tolerance: float = 1e-10, size: float = 0.3,
+    dtype: torch.dtype = torch.float64,
 ) -> None:
     """Same logits, same gradients, same merged logits as PEFT with the same tensors.
 
@@ -215,9 +216,10 @@ def assert_same_as_peft(
         merges: whether both merge.
         tolerance: absolute, in float64; above 1e-10 only where PEFT computes in float32.
         size: of the random move away from the first values.
+        dtype: of the backbone while PEFT starts its tensors; the tiny weights fit float32.
     """
     backbone = tiny(family, TASKS[family], dtype=torch.float64)
-    theirs = peft_model(copy.deepcopy(backbone), config).double()
+    theirs = peft_model(copy.deepcopy(backbone).to(dtype), config).double()
     ours = peftref.attach(backbone, expression)
     perturb(ours, size)
     pairs: dict[str, Counterpart] = {}

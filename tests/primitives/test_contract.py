@@ -67,6 +67,11 @@ class TestKron(PrimitiveContract):
 
 class TestStructured(PrimitiveContract):
     cases = (
+        Case("unit_linear"),
+        Case("unit_linear", {"out": 5, "unit": "columns", "init": "zeros"}),
+        Case("frozen", {"out": 5, "seed": None, "init": "svd_scaled_right"}),
+        Case("vector", {"init": "input_norm", "trainable": False}),
+        Case("vector", {"scalar": True}),
         Case("fold", {"width": 4}),
         Case("fold", {"width": 5}),
         Case("fold", {"width": 5, "pad": "wrap"}),
@@ -94,11 +99,14 @@ class TestSources(PrimitiveContract):
 
 
 class TestWeights(PrimitiveContract):
-    cases = (Case("column_norm"),)
+    cases = (Case("backbone_weight"), Case("quantise"),
+             Case("quantise", {"kind": "int", "bits": 3, "block": 4}),
+             Case("quantise", {"block": 16, "rank": 2, "rounds": 2}), Case("column_norm"),)
 
 
 class TestCombinators(PrimitiveContract):
-    cases = (Case("sum", d_in=8, streams=3), Case("product", d_in=8, streams=2), Case("chain"))
+    cases = (Case("sum", d_in=8, streams=3), Case("product", d_in=8, streams=2),
+             Case("since_start", d_in=8, streams=2), Case("chain"))
 
 
 def test_none_is_left_out():
