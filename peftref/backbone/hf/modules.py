@@ -58,6 +58,8 @@ def measure(module: nn.Module) -> Measure:
     norm = any("Norm" in base.__name__ for base in type(module).__mro__)
     if norm and isinstance(weight, Tensor) and weight.dim() == 1:
         return Measure(SiteKind.NORM, len(weight), len(weight), bias)
+    if norm and isinstance(weight, Tensor) and weight.dim() == 2:  # one row for each head
+        return Measure(SiteKind.MATRIX, weight.shape[1], weight.shape[0], bias)
     return Measure(SiteKind.SPAN)
 
 
