@@ -57,6 +57,7 @@ def compile(  # noqa: A001
     tokens: int = 1024,
     sites: Sites | None = None,
     device: str | None = None,
+    dtype: str | None = None,
     observe: Observer | None = None,
 ) -> Plan:
     """Compile a technique or composition for a backbone, without touching it.
@@ -69,6 +70,7 @@ def compile(  # noqa: A001
         sites: the model's site row, or its file; None: the built-in row, else an inferred one.
         device: name of the device that the choice is made for (``cpu``, ``h100``, ``a100``);
             None: the one that the model is on.
+        dtype: type of the weights in that step, such as ``bfloat16``; None: the model's own.
         observe: sees the name of each pass and the graph after it.
 
     Returns:
@@ -85,7 +87,7 @@ def compile(  # noqa: A001
     row = read_family(sites) if isinstance(sites, str | Path) else sites
     table = site_table(model, row, strict=strict)
     where = device_of(model) if device is None else device_named(device)
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype or str(model.dtype).removeprefix("torch.")
     return compile_table(
         composition, table, tokens=tokens, device=where, dtype=dtype, observe=observe
     )

@@ -92,7 +92,8 @@ def _edits(plan: Plan) -> Iterator[Plain]:
             write = edit.write
             shapes = tuple(specs[name].spec.shape for name in edit.tensors)
             key = (write.member, write.module, write.site.stack, write.site.role, write.port)
-            groups.setdefault((*key, edit.stage, write.form, shapes), []).append(edit)
+            how = (edit.stage, write.form, write.op, write.why)
+            groups.setdefault((*key, *how, shapes), []).append(edit)
     for edits in groups.values():
         write, own = edits[0].write, [specs[name] for name in edits[0].tensors]
         names = {name for edit in edits for name in edit.tensors}
@@ -104,6 +105,8 @@ def _edits(plan: Plan) -> Iterator[Plain]:
             "widths": [write.site.d_in, write.site.d_out],
             "stage": edits[0].stage.name.lower(),
             "form": write.form.name.lower() if write.form is not None else None,
+            "op": write.op or None,
+            "why": write.why or None,
             "mergeable": all(edit.mergeable for edit in edits),
             "tensors": {
                 tensor.spec.name: {

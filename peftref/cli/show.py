@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,13 +23,30 @@ __all__ = ["command"]
 
 def command(
     specification: Annotated[
-        str, typer.Argument(metavar="EXPR", help="Name, expression or file of a technique.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="[EXPR]",
+            help="Name, expression or file of a technique; without it, the backbone's sites.",
+        ),
+    ] = None,
     backbone: Annotated[
         str | None, typer.Option(metavar="PATH", help="Model: a folder, a hub name, minilm.")
     ] = None,
+    sites: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Site row of the backbone, corrected.")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the backbone's site row there.")
+    ] = None,
     task: Annotated[TaskName, typer.Option(help="Head of the backbone.")] = "features",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens a step, for costs.")] = 1024,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="Machine of the step: cpu, h100, a100.")
+    ] = "cpu",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Type of the weights; by default as the backbone is stored."),
+    ] = None,
     graph: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the graph: .svg, .dot or .mmd.")
     ] = None,
@@ -44,6 +61,19 @@ def command(
 
     The backbone's weights are not read, so this takes seconds for a model of any size.
     """
+    if backbone is None and (sites is not None or save is not None):
+        raise SpecError("--sites and --save are about a backbone: give --backbone PATH too")
+    if specification is None:
+        if backbone is None:
+            raise SpecError("show what? Give a technique, --backbone PATH, or both")
+        if graph is not None or passes or after is not None or yaml:
+            raise SpecError("--graph, --passes, --after and --yaml show a technique: give one")
+        from peftref.cli.sites import show_sites
+
+        show_sites(backbone, task, sites, save, json=json)
+        return
+    if save is not None:
+        raise SpecError("--save writes the row that is shown without a technique: leave it out")
     spec = load(specification)
     if backbone is None and (graph is not None or passes or after is not None):
         raise SpecError("--graph, --passes and --after show what is compiled: give --backbone PATH")
@@ -61,7 +91,9 @@ def command(
                 texts[name] = print_graph(graph, first_sites(graph))
 
         model = meta_model(backbone, task)
-        plan = compile_plan(spec, model, tokens=tokens, observe=observe)
+        plan = compile_plan(
+            spec, model, tokens=tokens, sites=sites, device=device, dtype=dtype, observe=observe
+        )
         if after is not None and after not in texts:
             raise SpecError(unknown_name("pass", after, [each.name for each in plan.records]))
         described["plan"] = describe_plan(plan, tokens)
@@ -145,6 +177,7 @@ def _print_plan(backbone: str, plan: Mapping[str, Any], *, passes: bool) -> None
         ),
         right=("sites", "a site", "all"),
     )  # fmt: skip
+    _print_forms(plan["edits"])
     cost, added = plan["cost"], plan["cost"]["forward_flops"]
     share = added / max(cost["backbone_forward_flops"], 1)
     print_text(
@@ -163,6 +196,19 @@ def _print_plan(backbone: str, plan: Mapping[str, Any], *, passes: bool) -> None
             ((record["name"], record["nodes"], record["summary"]) for record in plan["passes"]),
             right=("nodes",),
         )
+
+
+def _print_forms(edits: Sequence[Mapping[str, Any]]) -> None:
+    """Which form each write uses, by which op, and why."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for edit in edits:
+        if edit["op"] or edit["why"]:
+            how = (edit["form"] or "", edit["op"] or "", edit["why"] or "")
+            alike.setdefault((edit["module"], *how), []).append(edit["site"])
+    if alike:
+        print_text()
+        rows = [(module, ", ".join(sites), *how) for (module, *how), sites in alike.items()]
+        print_table(("module", "sites", "form", "op", "why"), rows)
 
 
 def _tensors(tensors: Mapping[str, Mapping[str, Any]]) -> str:

@@ -10,6 +10,7 @@ from peftref.errors import CompositionError
 from peftref.ir.primitive import (
     Algebra,
     Arguments,
+    Link,
     Operation,
     Place,
     Primitive,
@@ -71,6 +72,10 @@ class Rotation(Primitive[RotationArguments]):
             linear=True, matrix=True, orthogonal=True, identity_at_init=True, keeps_zero=True
         )
 
+    @property
+    def link(self) -> Link:
+        return Link("rotate")
+
     def flops(self) -> int:
         return 2 * self.place.d_in * self.arguments.block
 
@@ -104,6 +109,9 @@ class Rotation(Primitive[RotationArguments]):
             return torch.einsum("...nb,nbc->...nc", parts, self._blocks(entries)).flatten(-2)
 
         return rotate
+
+    def bind_operand(self) -> Operation:
+        return self._blocks
 
     def bind_matrix(self, runtime: Runtime) -> Operation:
         import torch

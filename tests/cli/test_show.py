@@ -167,3 +167,22 @@ def test_every_entry_can_be_shown(name: str, capsys: pytest.CaptureFixture[str])
     code, out, err = _run(capsys, "show", name)
     assert (code, err) == (0, "")
     assert out.startswith(name)
+
+
+def test_show_tells_the_form_of_each_write_and_why(
+    backbone: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["show", "lora(rank=2)", "--backbone", backbone]
+    reasons: list[str] = []
+    for more in (["--dtype", "float32"], ["--device", "h100", "--dtype", "bfloat16"]):
+        code, out, _ = _run(capsys, *words, *more, "--json")
+        assert code == 0
+        (edit, *_) = json.loads(out)["plan"]["edits"]
+        assert (edit["form"], edit["op"]) == ("factored", "lora_linear")
+        reasons.append(edit["why"])
+        assert "lora_linear" in _run(capsys, *words, *more)[1]
+    assert "accumulate" in reasons[0]
+    assert "rank 2 padded to 16" in reasons[1]
+    code, _, err = _run(capsys, *words, "--device", "h10")
+    assert code == 2
+    assert "Did you mean 'h100'" in err
