@@ -179,11 +179,14 @@ class Adapted:
         """
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         trainable = self.trainable
-        members = {t.name: t.member for t in self.plan.tensors}
+        planned = self.planned
         rates = {m.name: self._rate(m.name, lr) for m in self.plan.composition.members}
         for name, parameter in trainable.items():
-            ratio, decay = self._group(members[name], name, weight_decay)
-            groups.setdefault((rates[members[name]] * ratio, decay), []).append(parameter)
+            member, own = planned[name].member, planned[name].spec.rate
+            ratio, decay = self._group(member, name, weight_decay)
+            # What a coupling trains itself goes at the composition's rate.
+            rate = rates.get(member, max(rates.values()))
+            groups.setdefault((rate * ratio * own, decay), []).append(parameter)
         head = list(self.head.values())
         if head:
             groups.setdefault((max(rates.values()), weight_decay), []).extend(head)
@@ -323,11 +326,13 @@ class Adapted:
             state.changed()
         refresh(self.model)
 
-    def merge(self, *, partial: bool = False) -> tuple[str, ...]:
+    def merge(self, *, partial: bool = False, dequantize: bool = False) -> tuple[str, ...]:
         """Fold the adapter into the backbone's weights.
 
         Args:
             partial: fold what can be folded and keep the rest running.
+            dequantize: give quantised modules that carry an edit an ordinary weight; without it
+                they are refused, as a sum rounded to their few bits would lose the edit.
 
         Returns:
             What could not be folded, with reasons; empty without ``partial``.
@@ -336,7 +341,9 @@ class Adapted:
             MergeError: something cannot be folded and ``partial`` is not set.
         """
         self.verify()
-        return merge_modules(self.model, self.attached(), partial=partial)
+        return merge_modules(
+            self.model, self.attached(), partial=partial, dequantize=dequantize
+        )
 
     @property
     def merged(self) -> bool:

@@ -72,6 +72,9 @@ class EditPlan:
             return True
         on_linear = self.write.site.kind is SiteKind.LINEAR
         scales = self.stage in (Stage.INPUT, Stage.OUTPUT) and algebra.linear
+        # What a map adds to every output goes into the bias, where there is one.
+        shifts = algebra.affine and self.write.site.bias
+        scales = scales or (self.stage is Stage.OUTPUT and shifts)
         own_stream = self.write.read is self.write.port
         whole = self.write.site.rows is None or self.stage is Stage.OUTPUT
         return on_linear and scales and own_stream and whole

@@ -11,7 +11,7 @@ from typing import TypeVar
 import networkx as nx
 
 from peftref.backbone.site_table import SiteTable
-from peftref.ir.types import Node, OperationNode, TensorNode, WriteNode
+from peftref.ir.types import Node, OperationNode, ReadNode, TensorNode, WriteNode
 from peftref.spec.composition import CompositionSpec
 from peftref.spec.technique import ProcedureSpec
 
@@ -108,6 +108,10 @@ class AdapterGraph:
         """The tensors that a write depends on."""
         found = ((a, self.node(a)) for a in self.ancestors(address))
         return [(a, n) for a, n in found if isinstance(n, TensorNode)]
+
+    def reads_of(self, address: int) -> list[int]:
+        """Addresses of the reads that a write depends on."""
+        return [a for a in self.ancestors(address) if isinstance(self.node(a), ReadNode)]
 
     def operations_of(self, address: int) -> list[tuple[int, OperationNode]]:
         """The operations that a write depends on, in order."""

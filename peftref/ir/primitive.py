@@ -57,10 +57,13 @@ class TensorSpec:
         init: initialiser text, such as ``zeros`` or ``normal(0.02)``.
         trainable: whether an optimiser may change it.
         seed: own seed of a frozen random tensor; None: the adapter's seed.
-        share: name of the tensor that all sites of the module use together; None: one a site.
+        share: name of the tensor that all sites of the module use together; None: one a site. A
+            name that begins with ``@`` is shared by all modules of the technique.
         sliced: a shared tensor may be larger than a site needs; the leading corner is used.
         buffer: state that is saved but is no parameter (a mask).
         stacked: leading copies made by a coupling; initialised apart.
+        selects: scores that open or close entries of another tensor; couplings leave them alone.
+        rate: learning rate, over that of its member.
         start_of: name of the tensor whose first values this one keeps.
     """
 
@@ -73,6 +76,8 @@ class TensorSpec:
     sliced: bool = False
     buffer: bool = False
     stacked: int = 0
+    selects: bool = False
+    rate: float = 1.0
     start_of: str | None = None
 
     @property
@@ -114,6 +119,7 @@ class Algebra:
 
     Attributes:
         linear: f(a x + b y) = a f(x) + b f(y).
+        affine: f(x) = f_0(x) + b with linear ``f_0`` whose matrix form it has.
         diagonal: f(x) = v * x elementwise.
         orthogonal: f keeps norms and has determinant one.
         source: f has no input (learned rows, a trained difference).
@@ -129,6 +135,7 @@ class Algebra:
     """
 
     linear: bool = False
+    affine: bool = False
     diagonal: bool = False
     orthogonal: bool = False
     source: bool = False
@@ -146,6 +153,7 @@ class Algebra:
         """What holds for ``x -> after(self(x))``."""
         return Algebra(
             linear=self.linear and after.linear,
+            affine=(self.linear or self.affine) and (after.linear or after.affine),
             diagonal=self.diagonal and after.diagonal,
             orthogonal=self.orthogonal and after.orthogonal,
             source=self.source or after.source,

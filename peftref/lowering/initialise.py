@@ -114,6 +114,12 @@ def _xavier_normal(shape: tuple[int, ...], _: float, generator: torch.Generator)
     return _normal(shape, math.sqrt(2 / (shape[-1] + shape[-2])), generator)
 
 
+def _distinct(shape: tuple[int, ...], total: float, generator: torch.Generator) -> Tensor:
+    """Different whole numbers below ``total``, ascending."""
+    count = math.prod(shape)
+    return torch.randperm(int(total), generator=generator)[:count].sort().values.view(shape)
+
+
 def _paired(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
     """Rows uniform in +-bound, each twice."""
     return _uniform(bound, (shape[0] // 2, *shape[1:]), generator).repeat_interleave(2, 0)
@@ -129,7 +135,12 @@ def _near_eye(shape: tuple[int, ...], value: float, _: torch.Generator) -> Tenso
     return torch.full(shape, value).fill_diagonal_(1.0)
 
 
+def _signs(shape: tuple[int, ...], _: float, generator: torch.Generator) -> Tensor:
+    return 2.0 * torch.randint(2, shape, generator=generator) - 1
+
+
 _DRAWS: dict[str, Draw] = {
+    "signs": _signs,
     "zeros": lambda shape, value, generator: torch.zeros(shape),
     "ones": lambda shape, value, generator: torch.ones(shape),
     "constant": _constant,
@@ -142,6 +153,7 @@ _DRAWS: dict[str, Draw] = {
     "eye": lambda shape, value, generator: torch.eye(*shape[-2:]).expand(shape).clone(),
     "paired_uniform": _paired,
     "xavier_normal": _xavier_normal,
+    "distinct": _distinct,
     "near": _near,
     "near_eye": _near_eye,
 }

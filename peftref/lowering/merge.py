@@ -14,7 +14,12 @@ from peftref.lowering.fold import Fold
 from peftref.lowering.program import BoundEdit, gather_rows, scatter_rows
 from peftref.lowering.state import AdapterState, settled
 from peftref.lowering.swap import state_of
-from peftref.lowering.weight import dense_weight, is_plain_linear, store_weight
+from peftref.lowering.weight import (
+    dense_weight,
+    is_plain_linear,
+    is_product,
+    store_weight,
+)
 
 __all__ = ["merge_modules", "unmerge_modules"]
 
@@ -29,7 +34,7 @@ class Kept:
 
 
 def merge_modules(
-    model: nn.Module, attachment: Attachment, *, partial: bool
+    model: nn.Module, attachment: Attachment, *, partial: bool, dequantize: bool = False
 ) -> tuple[str, ...]:
     """Merge all modules of an adapter; see ``Adapted.merge``."""
     blockers = attachment.plan.properties.blockers
@@ -42,7 +47,7 @@ def merge_modules(
         )
     paths = [m.path for m in attachment.plan.modules]
     for path in paths:
-        _refuse(path, attachment.modules[path], attachment.name)
+        _refuse(path, attachment.modules[path], attachment.name, dequantize=dequantize)
     left: list[str] = []
     with torch.no_grad(), settled(state_of(attachment.modules[path]) for path in paths):
         for path in paths:
@@ -51,16 +56,18 @@ def merge_modules(
     return tuple(left)
 
 
-def _refuse(path: str, module: nn.Module, name: str) -> None:
+def _refuse(path: str, module: nn.Module, name: str, *, dequantize: bool) -> None:
     state = state_of(module)
     if not state.adapters[name].active:
         raise MergeError(f"{path}: adapter {name!r} is disabled; enable it, then merge")
     weights = [e for _, e in state.bound(name) if e.stage.on_weight or e.stage is Stage.INPUT]
     linear = any(e.edit.write.site.kind.value == "linear" for e in weights)
-    if linear and not is_plain_linear(module):
+    if linear and not is_plain_linear(module) and not (dequantize and is_product(module)):
+        plain = ", or give this module an ordinary weight by merge(dequantize=True)"
         raise MergeError(
             f"{path}: a {type(module).__name__} with a quantised or foreign weight cannot take a "
             "merge exactly; load the backbone unquantised to merge"
+            f"{plain if is_product(module) else ''}"
         )
     others = [n for n, held in state.adapters.items() if n != name and held.edits and held.active]
     if others:

@@ -30,6 +30,12 @@ class LeadingCorner(Primitive[Arguments]):
         return lambda tensor: tensor[window]
 
 
+def _group(node: TensorNode) -> str:
+    """Modules have groups of their own; one that begins with ``@`` is the whole technique's."""
+    share = node.spec.share or ""
+    return share[1:] if share.startswith("@") else f"{node.module}.{share}"
+
+
 @dataclass(frozen=True, slots=True)
 class TieParameters:
     """Case 1: equal shapes: all users read one tensor, owned by the root.
@@ -45,7 +51,7 @@ class TieParameters:
         groups: dict[str, list[tuple[int, TensorNode]]] = {}
         for address, node in graph.of_type(TensorNode):
             if node.spec.share is not None:
-                owner = f"{node.member}.{node.module}.{node.spec.share}.{node.spec.name}"
+                owner = f"{node.member}.{_group(node)}.{node.spec.name}"
                 groups.setdefault(owner, []).append((address, node))
         for owner, users in groups.items():
             self._tie(graph, owner, users)
