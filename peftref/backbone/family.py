@@ -101,8 +101,8 @@ class Place(Frozen):
         tensor: a matrix that the module reads itself, or one for each expert in a tensor of three
             dimensions; ``transposed`` where it is stored (d_in, d_out).
         input: where a span reads; None: first argument of ``module``.
-        interface: for attention spans, the module that calls the attention interface; None:
-            ``module``; ``""``: none does.
+        interface: for attention spans, the module that calls the attention interface (of
+            several the first that exists); None: ``module``; ``""``: none does.
         cache: for attention spans without an attention interface, how a prefix enters instead.
         form: for attention spans with neither, the forward of ours that takes a prefix.
         beyond_tokens: configuration attribute that, where true, says that the module runs on
@@ -115,7 +115,7 @@ class Place(Frozen):
     tensor: str | None = None
     transposed: bool = False
     input: SpanInput | None = None
-    interface: str | None = None
+    interface: str | tuple[str, ...] | None = None
     cache: CacheRule | None = None
     form: Literal["disentangled"] | None = None
     beyond_tokens: str | None = None

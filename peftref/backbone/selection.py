@@ -61,6 +61,9 @@ def _no_role(table: SiteTable, pattern: str) -> str:
     if not table.sites:
         return (f"No roles are known for this backbone, so {pattern!r} selects nothing; select "
                 "modules by path: site: {module: 'regular expression'}")
+    if pattern == "embedding.tokens":
+        return (f"This {table.family} backbone reads no tokens and has no token embedding, so no "
+                "prompt can be put before its input; prefixes act in its attention instead")
     if "*" in pattern:
         return (f"No role of this {table.family} backbone matches {pattern!r}. "
                 f"Available: {', '.join(table.roles())}")

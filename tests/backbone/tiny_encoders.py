@@ -43,8 +43,10 @@ SPEECH: dict[str, dict[str, object]] = {
                 "begin_suppress_tokens": None},
 }
 IMAGES: dict[str, dict[str, object]] = {
+    "beit": {**_IMAGE, "use_relative_position_bias": True},
     "deit": {**_IMAGE, "architectures": ["DeiTForImageClassification"]},
     "clip_vision_model": _IMAGE,
+    "dinov2": {**_IMAGE, "mlp_ratio": 2, "layerscale_value": 0.5},
     "vit": _IMAGE,
 }
 TOWERS: dict[str, dict[str, object]] = {  # of different widths

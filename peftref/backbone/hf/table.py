@@ -281,7 +281,10 @@ class _Reader:
 
     def _attention(self, site: Site, place: Place, prefix: str, heads: _Heads) -> AttentionShape:
         interface = site.module
-        if place.interface is not None:
+        if isinstance(place.interface, tuple):
+            paths = [prefix + path for path in place.interface]
+            interface = next((path for path in paths if path in self.modules), paths[0])
+        elif place.interface is not None:
             interface = prefix + place.interface if place.interface else None
         if interface is not None and interface not in self.modules:
             raise self._misfit(f"role {site.role!r} attends at {interface!r}: no such module")
