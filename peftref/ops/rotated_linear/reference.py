@@ -15,8 +15,9 @@ def rotated_linear(x: Tensor, rotation: Tensor, weight: Tensor, bias: Tensor | N
 
     Args:
         x: (..., n * b).
-        rotation: the blocks (n, b, b), each orthogonal.
+        rotation: the blocks (n, b, b), each orthogonal, in the type of ``x`` or a wider one.
         weight: ``W`` (d_out, n * b), frozen.
         bias: ``b`` (d_out,), frozen, or None.
     """
+    bias = None if bias is None else bias.to(x.dtype)
     return torch.nn.functional.linear(block_rotate(x, rotation), weight, bias)
