@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from peftref.lowering.prefix import interface_name
 from peftref.lowering.root import RootState
 from peftref.lowering.state import CHILD
 from peftref.lowering.swap import state_of
+from peftref.parameter_groups import parameter_groups
 from peftref.procedures.base import Procedure
 from peftref.registry import procedures
 
@@ -177,41 +177,7 @@ class Adapted:
         Raises:
             TrainingError: no rate is given and a spec has none.
         """
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        trainable = self.trainable
-        planned = self.planned
-        rates = {m.name: self._rate(m.name, lr) for m in self.plan.composition.members}
-        for name, parameter in trainable.items():
-            member, own = planned[name].member, planned[name].spec.rate
-            ratio, decay = self._group(member, name, weight_decay)
-            # What a coupling trains itself goes at the composition's rate.
-            rate = rates.get(member, max(rates.values()))
-            groups.setdefault((rate * ratio * own, decay), []).append(parameter)
-        head = list(self.head.values())
-        if head:
-            groups.setdefault((max(rates.values()), weight_decay), []).extend(head)
-        return [
-            {"params": parameters, "lr": rate, "weight_decay": decay}
-            for (rate, decay), parameters in groups.items()
-        ]
-
-    def _rate(self, member: str, lr: float | None) -> float:
-        if lr is not None:
-            return lr
-        for candidate in self.plan.composition.members:
-            if candidate.name == member and candidate.technique.learning_rate is not None:
-                return candidate.technique.learning_rate.default
-        raise TrainingError(f"{member}: its spec gives no learning rate; pass lr")
-
-    def _group(self, member: str, name: str, weight_decay: float) -> tuple[float, float]:
-        for candidate in self.plan.composition.members:
-            if candidate.name != member:
-                continue
-            for group in candidate.technique.optimiser_groups:
-                if fnmatchcase(name, f"*{group.match}"):
-                    decay = group.weight_decay
-                    return group.ratio, weight_decay if decay is None else decay
-        return 1.0, weight_decay
+        return parameter_groups(self, lr, weight_decay)
 
     # --- procedures ----------------------------------------------------------------------
 

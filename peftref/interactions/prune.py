@@ -118,7 +118,8 @@ class Prune(Coupling[PruneArguments]):
     def _prunable(self, node: TensorNode) -> bool:
         spec = node.spec
         dimensions = len(spec.shape) - (1 if spec.stacked else 0)
-        return spec.trainable and not spec.buffer and (self.arguments.vectors or dimensions >= 2)
+        whole = spec.trainable and not spec.buffer and not spec.selects
+        return whole and (self.arguments.vectors or dimensions >= 2)
 
     @staticmethod
     def _mask(graph: AdapterGraph, address: int, node: TensorNode, ending: str) -> None:

@@ -18,6 +18,7 @@ from peftref.lowering.fold import Slot
 from peftref.lowering.initialise import initial_tensor
 from peftref.lowering.layers import carry_masks, collect_layers
 from peftref.lowering.matrix import stored_matrix
+from peftref.lowering.offload import runs_on
 from peftref.lowering.original import original_class
 from peftref.lowering.prefix import interface_name, register_interface
 from peftref.lowering.root import RootState, SwappedRoot, root_class
@@ -196,7 +197,8 @@ def _create(
     value = _start_of(model, attachment, tensor)
     if value is None:
         value = initial_tensor(spec, tensor.name, seed, weight)
-    value = value.to(reference.dtype).to(reference.device, copy=True)
+    dtype = reference.dtype if value.is_floating_point() else value.dtype  # positions stay whole
+    value = value.to(dtype).to(reference.device, copy=True)
     if reference.is_meta:
         value = value.to("meta")
     state = root if owner is None else state_of(owner)
@@ -240,10 +242,12 @@ def _frozen_weight(
 
 def _reference(module: nn.Module) -> Tensor:
     """A tensor that tells where adapter tensors belong and of which type; at least float32."""
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            return torch.empty(0, dtype=dtype, device=parameter.device)
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            if parameter.is_floating_point():
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                device = runs_on(part) if parameter.is_meta else None
+                return torch.empty(0, dtype=dtype, device=device or parameter.device)
     return torch.empty(0)
 
 

@@ -40,6 +40,10 @@ class WeightFold:
     ) -> None:
         self.base = [e for e in weights if e.stage is Stage.WEIGHT_BASE]
         self._based: tuple[tuple[object, ...], Tensor] | None = None
+        self._trained_base = any(
+            spec.trainable for e in self.base for step in e.edit.program.steps
+            for spec in step.primitive.tensors()
+        )
         if self.base and not is_plain_linear(module):
             raise BackboneError(
                 f"{self.base[0].edit.write.site.label}: the weight of this {type(module).__name__} "
@@ -161,11 +165,14 @@ class WeightFold:
     def frozen(self, module: nn.Module) -> Tensor:
         """What the trained edits start from: the weight, or its map by an edit of the base.
 
-        Kept until the weight changes, since it would be the same in every forward.
+        Kept until the weight changes, since it would be the same in every forward, unless the
+        map is trained itself (a mask).
         """
         weight = dense_weight(module)
         if not self.base:
             return weight
+        if self._trained_base:
+            return fold_weight(weight, self.base).to(weight.dtype)
         if self._based is not None and torch.compiler.is_compiling():
             return self._based[1]
         key = (id(module._parameters["weight"]), weight._version, weight.dtype, weight.device)
