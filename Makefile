@@ -68,9 +68,9 @@ gpu-check: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m gpu tests/ops
 	$(BIN)/python -m benchmarks
 
-check: lint types imports specs test kernels-aot
+check: lint types imports specs test
 
-nightly: $(VENV)/.nightly
+nightly: $(VENV)/.nightly kernels-aot
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q -n 2 -m "not gpu"
 
 bench: $(VENV)/.dev

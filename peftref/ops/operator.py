@@ -221,7 +221,9 @@ def _register(name: str, half: int, kernels: Kernels, fake: Kernels) -> Callable
     )
 
     def on_cuda(*arguments: Argument) -> Tensors:
-        if not has_triton():
+        # Kernels add with atomics, whose order varies, and have no double precision.
+        wide = any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in _flat(arguments))
+        if not has_triton() or wide or torch.are_deterministic_algorithms_enabled():
             return kernels[half](*arguments)
         module = importlib.import_module(f"peftref.ops.{name}.triton")
         return (module.backward if half else module.forward)(*arguments)

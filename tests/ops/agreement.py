@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from peftref.ops.operator import Operator
+from peftref.ops.operator import Kernels, Operator
 
-__all__ = ["assert_forms_agree", "assert_gradients", "assert_registered", "leaves", "run"]
+__all__ = [
+    "assert_forms_agree",
+    "assert_gradients",
+    "assert_kernels_agree",
+    "assert_registered",
+    "leaves",
+    "run",
+]
 
 Function = Callable[..., object]
 
@@ -46,24 +54,47 @@ def _as(dtype: torch.dtype, arguments: Sequence[object]) -> list[object]:
 
 
 def assert_forms_agree(
-    operator: Operator[object], arguments: Sequence[object], tolerance: float, *others: Function
+    operator: Operator[object], arguments: Sequence[object], tolerance: float
 ) -> None:
-    """All forms against the definition in float64, outputs and every gradient.
+    """The direct and the registered form against the definition in float64.
+
+    Outputs and every gradient are compared.
 
     Args:
         operator: the op.
         arguments: of its forward kernel, in the type to be tested.
         tolerance: of the largest difference, over the largest value of the tensor compared.
-        others: more forms, such as the kernels of Triton under its interpreter.
     """
-    wanted = run(operator.reference, _as(torch.float64, arguments))
     forms = (operator.direct, lambda *a: operator.visible(operator.registered.forward(*a)))
-    for form in (*forms, *others):
+    _assert_agree(operator, forms, arguments, tolerance)
+
+
+def assert_kernels_agree(
+    operator: Operator[object],
+    kernels: Kernels,
+    arguments: Sequence[object],
+    tolerance: float,
+) -> None:
+    """Other kernels, joined by the op's own rule, against the definition in float64."""
+    other = copy.copy(operator)
+    other.kernels = kernels
+    _assert_agree(operator, (other.direct,), arguments, tolerance)
+
+
+def _assert_agree(
+    operator: Operator[object],
+    forms: Sequence[Function],
+    arguments: Sequence[object],
+    tolerance: float,
+) -> None:
+    wanted = run(operator.reference, _as(torch.float64, arguments))
+    for form in forms:
         found = run(form, arguments)
         for mine, right in zip(found, wanted, strict=True):
             assert mine.shape == right.shape
-            scale = right.abs().max().clamp(min=1e-6) if right.numel() else 1.0
-            assert (mine - right).abs().div(scale).max() <= tolerance if right.numel() else True
+            if right.numel():
+                scale = right.abs().max().clamp(min=1e-6)
+                assert (mine - right).abs().div(scale).max() <= tolerance
 
 
 def assert_gradients(operator: Operator[object], arguments: Sequence[object]) -> None:
