@@ -11,6 +11,7 @@ import typer
 
 from peftref.cli.check import TaskName
 from peftref.cli.describe import describe_plan, describe_spec
+from peftref.cli.sites import check_options, show_sites
 from peftref.cli.style import count, memory, note, print_json, print_table, print_text
 from peftref.errors import SpecError, unknown_name
 from peftref.ir.graph import AdapterGraph
@@ -74,9 +75,13 @@ def command(
         return
     if save is not None:
         raise SpecError("--save writes the row that is shown without a technique: leave it out")
+    drawn = graph is not None or passes or after is not None
+    check_options(specification, backbone, compiled=drawn, yaml=yaml, sites=sites is not None,
+                  save=save is not None)
+    if specification is None:
+        show_sites(str(backbone), task, sites, save, json=json)
+        return
     spec = load(specification)
-    if backbone is None and (graph is not None or passes or after is not None):
-        raise SpecError("--graph, --passes and --after show what is compiled: give --backbone PATH")
     if yaml:
         print_text(to_yaml(spec).rstrip())
         return
