@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftref.ir.types import Stage
-from peftref.lowering.weight import dense_weight, is_plain_linear
+from peftref.lowering.weight import dense_weight, takes_ops
 from peftref.ops.choice import FORCED
 from peftref.ops.delta_rownorm.op import delta_rownorm
 from peftref.ops.dora_linear.op import dora_linear
@@ -55,7 +55,7 @@ class FastLinear:
         """The fast form for these edits; None where the plain one is to run."""
         fast = cls(weights)
         sliced = any(e.rows is not None for e in fast.rotations)
-        if FORCED or sliced or not fast.thin or not is_plain_linear(module):
+        if FORCED or sliced or not fast.thin or not takes_ops(module):
             return None
         if fast.norms:
             known = all(e.edit.write.op == "dora_linear" for e in fast.norms)

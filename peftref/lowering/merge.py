@@ -11,6 +11,7 @@ from peftref.errors import MergeError
 from peftref.ir.types import Stage
 from peftref.lowering.attach import Attachment, refresh
 from peftref.lowering.fold import Fold
+from peftref.lowering.offload import is_offloaded
 from peftref.lowering.program import BoundEdit, gather_rows, scatter_rows
 from peftref.lowering.state import AdapterState, settled
 from peftref.lowering.swap import state_of
@@ -61,6 +62,11 @@ def _refuse(path: str, module: nn.Module, name: str, *, dequantize: bool) -> Non
     if not state.adapters[name].active:
         raise MergeError(f"{path}: adapter {name!r} is disabled; enable it, then merge")
     weights = [e for _, e in state.bound(name) if e.stage.on_weight or e.stage is Stage.INPUT]
+    if is_offloaded(module):
+        raise MergeError(
+            f"{path}: its weights are offloaded, and brought back unmerged for each call; load "
+            "the backbone without offloading to merge"
+        )
     linear = any(e.edit.write.site.kind.value == "linear" for e in weights)
     if linear and not is_plain_linear(module) and not (dequantize and is_product(module)):
         plain = ", or give this module an ordinary weight by merge(dequantize=True)"

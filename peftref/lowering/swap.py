@@ -109,7 +109,9 @@ def _substituted(name: str) -> property:
         tensor = self._parameters.get(name)
         tensor = self._buffers.get(name) if tensor is None else tensor
         fold = getattr(self, CHILD).fold(self)
-        return tensor if tensor is None or fold is None else fold.effective(name, tensor)
+        if tensor is None or fold is None or tensor.is_meta:  # accelerate looks at what it brings
+            return tensor
+        return fold.effective(name, tensor)
 
     def put(self: nn.Module, value: Any) -> None:  # noqa: ANN401
         nn.Module.__setattr__(self, name, value)
