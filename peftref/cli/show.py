@@ -62,19 +62,6 @@ def command(
 
     The backbone's weights are not read, so this takes seconds for a model of any size.
     """
-    if backbone is None and (sites is not None or save is not None):
-        raise SpecError("--sites and --save are about a backbone: give --backbone PATH too")
-    if specification is None:
-        if backbone is None:
-            raise SpecError("show what? Give a technique, --backbone PATH, or both")
-        if graph is not None or passes or after is not None or yaml:
-            raise SpecError("--graph, --passes, --after and --yaml show a technique: give one")
-        from peftref.cli.sites import show_sites
-
-        show_sites(backbone, task, sites, save, json=json)
-        return
-    if save is not None:
-        raise SpecError("--save writes the row that is shown without a technique: leave it out")
     drawn = graph is not None or passes or after is not None
     check_options(specification, backbone, compiled=drawn, yaml=yaml, sites=sites is not None,
                   save=save is not None)
