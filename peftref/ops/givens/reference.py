@@ -11,7 +11,7 @@ __all__ = ["givens", "planes_of_angles"]
 def planes_of_angles(angles: Tensor) -> Tensor:
     """Return the 2x2 rotations (..., 2, 2) by ``angles`` (...); ``(a, b) -> (a, b) P``."""
     cos, sin = angles.cos(), angles.sin()
-    return torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)
+    return torch.stack((cos, -sin, sin, cos), -1).unflatten(-1, (2, 2))
 
 
 def givens(x: Tensor, planes: Tensor) -> Tensor:
@@ -25,13 +25,14 @@ def givens(x: Tensor, planes: Tensor) -> Tensor:
 
     Args:
         x: (..., d).
-        planes: (d - 1, 2, 2), applied to the row vector ``(x_i, x_j)``.
+        planes: (d - 1, 2, 2), applied to the row vector ``(x_i, x_j)``, in the type of ``x`` or a
+            wider one.
     """
     width = x.shape[-1]
     step = 1
     while step < width:
         second = torch.arange(step, width, 2 * step, device=x.device)
-        plane = planes[second - 1]
+        plane = planes[second - 1].to(x.dtype)
         pairs = torch.stack([x[..., second - step], x[..., second]], -1)
         pairs = torch.einsum("...np,npq->...nq", pairs, plane)
         x = x.index_copy(-1, second - step, pairs[..., 0]).index_copy(-1, second, pairs[..., 1])
