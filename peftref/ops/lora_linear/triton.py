@@ -119,7 +119,7 @@ def product(
     scale: Tensor,
     thin: Tensor,
 ) -> Tensor:
-    """``x W^T + b + keep * (s S) L^T``; ``W`` (k, d) and ``L`` (adapters, k, rank) of any strides."""
+    """``x W^T + b + keep * (s S) L^T``, ``W`` (k, d), ``L`` (adapters, k, rank), of any strides."""
     (n_out, n_in), rank = weight.shape, thin.shape[-1]
     y = x.new_empty(call.samples * call.rows, n_out)
     tile = call.choose(PRODUCT if call.seed is None else MASKED_PRODUCT, x)
