@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftref.backbone.hf.offload import runs_on
 from peftref.backbone.site_table import SiteKind
 from peftref.errors import BackboneError
 from peftref.ir.edits import EditPlan
@@ -18,7 +19,6 @@ from peftref.lowering.fold import Slot
 from peftref.lowering.initialise import initial_tensor
 from peftref.lowering.layers import carry_masks, collect_layers
 from peftref.lowering.matrix import stored_matrix
-from peftref.lowering.offload import runs_on
 from peftref.lowering.original import original_class
 from peftref.lowering.prefix import interface_name, register_interface
 from peftref.lowering.root import RootState, SwappedRoot, root_class

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftref.backbone.hf.offload import is_offloaded
 from peftref.errors import MergeError
 from peftref.ir.types import Stage
 from peftref.lowering.attach import Attachment, refresh
 from peftref.lowering.fold import Fold
-from peftref.lowering.offload import is_offloaded
 from peftref.lowering.program import BoundEdit, gather_rows, scatter_rows
 from peftref.lowering.state import AdapterState, settled
 from peftref.lowering.swap import state_of

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peftref.backbone.hf.offload import offloaded_tensor
 from peftref.errors import BackboneError
-from peftref.lowering.offload import offloaded_tensor
 
 __all__ = ["dense_weight", "is_plain_linear", "is_product", "is_transposed", "store_weight",
            "takes_ops"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peftref.backbone.hf.modules import base_prefix, head_modules, is_added
+from peftref.backbone.hf.offload import offloaded_tensor
 from peftref.errors import BackboneError
 
 __all__ = ["weight_hash"]
@@ -37,6 +38,10 @@ def weight_hash(model: PreTrainedModel) -> str:
         if not isinstance(tensor, Tensor) or is_added(name) or id(tensor) in seen:
             continue
         seen.add(id(tensor))
+        if tensor.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            brought = offloaded_tensor(model.get_submodule(owner), leaf)
+            tensor = tensor if brought is None else brought
         if name.split(".")[0] not in heads:
             tensors.update(_plain(name.removeprefix(prefix), tensor))
     meta = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
