@@ -188,7 +188,9 @@ class PrimitiveContract:
             pytest.skip("has no tensors")
         first = [] if primitive.algebra().source else [self.stream(case)] * case.streams
         if not primitive.algebra().stream:
-            form, first = primitive.bind_matrix(_Still(case)), [weight(case)]
+            eye = torch.eye(case.d_in, dtype=torch.float64)
+            first = [eye if primitive.algebra().linear else weight(case)]
+            form = primitive.bind_matrix(_Still(case))
         result = form(*first, *tensors)
         weights = torch.linspace(-1, 2, result.numel(), dtype=result.dtype).view_as(result)
         gradients = torch.autograd.grad((weights * result).sum(), tensors)
