@@ -62,6 +62,20 @@ def test_light_verbs_never_import_torch(words: list[str]) -> None:
     assert _run(code).stderr == "[] 0\n"
 
 
+@pytest.mark.parametrize(("words", "seconds"), [(["--help"], 0.8), (["check", "lora"], 2.0)])
+def test_light_verbs_take_little_processor_time(words: list[str], seconds: float) -> None:
+    code = (
+        "import resource, sys\n"
+        "from peftref.cli.app import main\n"
+        "try:\n"
+        f"    main({words!r})\n"
+        "except SystemExit:\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_utime, file=sys.stderr)\n"
+    )
+    # A fourth of it on an idle machine. Waiting for others does not count, a crowded cache does.
+    assert float(_run(code).stderr.splitlines()[-1]) < seconds
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     _ends_with(0, "--version")
     assert capsys.readouterr().out.startswith("peftref ")
