@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from peftref.ir.plan import PlannedTensor
@@ -13,7 +14,10 @@ from peftref.spec.base import Frozen
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Adapter", "Phase", "Procedure", "ProcedureArguments"]
+__all__ = ["HEAD", "Adapter", "Phase", "Procedure", "ProcedureArguments", "matches"]
+
+HEAD = "head"
+"""What procedures call the task head, beside members."""
 
 
 class ProcedureArguments(Frozen):
@@ -63,6 +67,10 @@ class Adapter(Protocol):
     @property
     def planned(self) -> Mapping[str, PlannedTensor]:
         """What the plan says of each tensor, by the tensor's name."""
+        ...
+
+    def rate(self, tensor: Tensor) -> float:
+        """The learning rate of a trained tensor in the step that runs."""
         ...
 
     def rest(self, names: Collection[str]) -> None:
@@ -156,3 +164,13 @@ class Procedure(ABC, Generic[A]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
+
+
+def matches(name: str, member: str, entries: Iterable[str]) -> bool:
+    """Whether a tensor is named by one of ``entries``: ``member`` or ``member:glob``."""
+    for entry in entries:
+        owner, colon, glob = entry.partition(":")
+        own = entry != HEAD and fnmatchcase(member, owner)
+        if own and (not colon or fnmatchcase(name, f"*{glob}")):
+            return True
+    return False

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field, model_validator
 
 from peftref.errors import CompositionError, TrainingError, unknown_name
-from peftref.procedures.base import Adapter, Phase, Procedure, ProcedureArguments
+from peftref.procedures.base import HEAD, Adapter, Phase, Procedure, ProcedureArguments, matches
 from peftref.registry import procedures
 from peftref.spec.base import Frozen
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["HEAD", "START", "Part", "Phases", "PhasesArguments", "matches"]
+__all__ = ["START", "Part", "Phases", "PhasesArguments"]
 
-HEAD = "head"
 START = "start"
 _ALL = ("*", HEAD)
 
@@ -175,13 +174,3 @@ class Phases(Procedure[PhasesArguments]):
             moment, bar, name = key.partition("|")
             if bar:
                 self._held.setdefault(moment, {})[name] = value
-
-
-def matches(name: str, member: str, entries: Iterable[str]) -> bool:
-    """Whether a tensor is named by one of ``entries``: ``member`` or ``member:glob``."""
-    for entry in entries:
-        owner, colon, glob = entry.partition(":")
-        own = entry != HEAD and fnmatchcase(member, owner)
-        if own and (not colon or fnmatchcase(name, f"*{glob}")):
-            return True
-    return False

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from peftref.errors import CompositionError
-from peftref.procedures.base import Adapter, Procedure, ProcedureArguments
-from peftref.procedures.phases import matches
+from peftref.procedures.base import Adapter, Procedure, ProcedureArguments, matches
 from peftref.registry import procedures
 
 if TYPE_CHECKING:
