@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, OPTConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.dinov2 import modeling_dinov2
 
 from peftref.backbone.family import read_family
 from peftref.backbone.hf import site_table
@@ -31,7 +33,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi-normed": ("phi", {"qk_layernorm": True}),
     "albert-groups": ("albert", {"num_hidden_groups": 2, "num_hidden_layers": 4}),
     "beit-cls": ("beit", {"use_mean_pooling": False}),
-    "dinov2-gated": ("dinov2", {"use_swiglu_ffn": True}),
+    # Before, up and gate were one linear of a name of its own, which the row does not know.
+    **({"dinov2-gated": ("dinov2", {"use_swiglu_ffn": True})} if "gate_proj" in inspect.getsource(
+        modeling_dinov2) else {}),
     "deberta-unshared": ("deberta-v2", {"share_att_key": False}),
     "deberta-absolute": ("deberta-v2", {"relative_attention": False, "pos_att_type": None,
                                         "position_biased_input": True}),

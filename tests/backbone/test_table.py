@@ -27,7 +27,7 @@ from peftref.backbone.site_table import ADDED, SiteKind
 from peftref.errors import BackboneError, SpecError
 from peftref.spec.selector import SiteSelector
 from tests.backbone.observe import rows_of
-from tests.backbone.tiny import DECODERS, FAMILIES, Task, tiny, tiny_config
+from tests.backbone.tiny import DECODERS, FAMILIES, OTHERS, Task, tiny, tiny_config
 
 
 def unlisted() -> PreTrainedModel:
@@ -59,10 +59,11 @@ def test_every_task_model_has_the_sites_of_its_backbone(family: str) -> None:
             assert other.frozen_parameters == sum(p.numel() for p in bare.parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, *OTHERS))
 def test_the_meta_device_gives_the_same_table(family: str) -> None:
-    task = "seq2seq_lm" if family == "t5" else "classification"
-    labels = None if family == "t5" else 3
+    task: Task = "features" if family in OTHERS else "classification"
+    task = "seq2seq_lm" if family == "t5" else task
+    labels = 3 if task == "classification" else None
     model = meta_model(tiny_config(family), task, labels)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert site_table(model) == site_table(tiny(family, task))
