@@ -13,24 +13,27 @@ def linear_cross_entropy(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    *,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    mean: bool = True,
+    *_: object,
 ) -> Tensor:
-    """Return the mean cross-entropy over the labels that are not ignored.
+    """Return the cross-entropy, summed or the mean over the labels that are not ignored.
 
     Args:
-        hidden: (..., d).
+        hidden: (rows, d).
         weight: (classes, d).
         bias: (classes,), or None.
-        labels: (...), class numbers or ``ignore_index``.
-        ignore_index: label of positions that do not count.
+        labels: (rows,), class numbers or ``ignore_index``.
+        ignore_index: label of rows that do not count.
         label_smoothing: share of the target spread over all classes.
+        mean: or the sum.
     """
     logits = torch.nn.functional.linear(hidden, weight, bias)
     return torch.nn.functional.cross_entropy(
-        logits.flatten(0, -2),
-        labels.flatten(),
+        logits.to(torch.promote_types(logits.dtype, torch.float32)),
+        labels,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
+        reduction="mean" if mean else "sum",
     )
