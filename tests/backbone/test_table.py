@@ -59,7 +59,7 @@ def test_every_task_model_has_the_sites_of_its_backbone(family: str) -> None:
             assert other.frozen_parameters == sum(p.numel() for p in bare.parameters())
 
 
-@pytest.mark.parametrize("family", (*FAMILIES, *OTHERS))
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_the_meta_device_gives_the_same_table(family: str) -> None:
     task: Task = "features" if family in OTHERS else "classification"
     task = "seq2seq_lm" if family == "t5" else task
