@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from peftref.backbone.site_table import SiteKind
 from peftref.errors import CompositionError
 from peftref.ir.edits import EditPlan, ModulePlan, Program, Step
 from peftref.ir.graph import AdapterGraph
@@ -150,10 +151,10 @@ def _is_identity(edit: EditPlan) -> bool:
 def _servable(modules: tuple[ModulePlan, ...]) -> dict[str, tuple[str, ...]]:
     blockers = tuple(reason for module in modules for reason in module.blockers)
     lora = tuple(
-        f"{edit.write.label}: is no low-rank addition to a whole linear weight"
+        f"{edit.write.label}: is no low-rank addition to the weight of a linear module"
         for module in modules
         for edit in module.edits
-        if not is_low_rank(edit)
+        if not is_low_rank(edit) or edit.write.site.kind is SiteKind.MATRIX
     )
     return {"merged": blockers, "peft": lora, "vllm": lora, "peftref": ()}
 

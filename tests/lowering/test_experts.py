@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ import peftref
 from peftref.adapted import Adapted
 from peftref.backbone.hf import site_table
 from peftref.backbone.site_table import Site, SiteKind
-from peftref.errors import CompositionError
+from peftref.errors import ArtifactError, CompositionError
 from tests.backbone.observe import read_ports, rows_of
 from tests.backbone.tiny import inputs, tiny
 from tests.lowering.randomised import randomise
@@ -143,6 +145,19 @@ def test_every_expert_that_runs_is_reached(family: str) -> None:
         model(**batch).logits.square().mean().backward()
         seen |= {n for n, p in adapted.trainable.items() if p.grad is not None and p.grad.any()}
     assert seen == set(adapted.trainable)
+
+
+def test_experts_are_saved_and_no_format_that_lacks_them_is_written(tmp_path: Path) -> None:
+    model, given = make("mixtral")
+    adapted = randomise(peftref.attach(model, f"lora(rank=2, site='{EXPERTS}')"))
+    running = logits(model, given)
+    with pytest.raises(ArtifactError, match="PEFT's LoRA format cannot"):
+        adapted.to_peft(tmp_path / "peft")
+    adapted.save(tmp_path / "own")
+    assert not (tmp_path / "own" / "peft").exists()
+    adapted.detach()
+    peftref.restore(model, tmp_path / "own")
+    assert torch.equal(logits(model, given), running)
 
 
 @pytest.mark.parametrize(("expression", "match"), [
