@@ -34,8 +34,9 @@ class Doubt(Exception):  # noqa: N818 - no error: it ends in a refusal that list
 def kind_of(module: nn.Module) -> SiteKind:
     """Return what a module is; a norm with a weight for each head (Cohere) is one too."""
     kind = measure(module).kind
-    named = kind is SiteKind.SPAN and isinstance(getattr(module, "weight", None), nn.Parameter)
-    return SiteKind.NORM if named and "Norm" in type(module).__name__ else kind
+    named = "Norm" in type(module).__name__ and kind is not SiteKind.LINEAR
+    weight = getattr(module, "weight", None)
+    return SiteKind.NORM if named and isinstance(weight, nn.Parameter) else kind
 
 
 def same(one: Tensor | None, other: Tensor | None) -> bool:
