@@ -105,6 +105,8 @@ def with_prompt(guard: RootGuard, call: dict[str, Any], *, cached: bool) -> dict
     ids = call.get("input_ids")
     if ids is None:
         raise BackboneError("a prompt needs input_ids; inputs_embeds carry no virtual tokens")
+    if guard.encoder_decoder:
+        _refuse_shifted_ids(call)
     call = dict(call)
     padding = padding_of(guard, call)
     call["input_ids"] = _front(guard, ids, None, padding)
@@ -126,6 +128,19 @@ def with_prompt(guard: RootGuard, call: dict[str, Any], *, cached: bool) -> dict
     if labels is not None and labels.shape == ids.shape and not guard.encoder_decoder:
         call["labels"] = _front(guard, labels, -100, padding)
     return call
+
+
+def _refuse_shifted_ids(call: dict[str, Any]) -> None:
+    """Some models make the decoder's ids of the encoder's, where virtual ones mean nothing."""
+    labels = call.get("labels")
+    made = isinstance(labels, Tensor) and labels.dim() > 1
+    given = ("decoder_input_ids", "decoder_inputs_embeds")
+    if not made and all(call.get(name) is None for name in given):
+        raise BackboneError(
+            "a prompt in the encoder needs decoder_input_ids, or labels of which they are made: "
+            "this call leaves the decoder to read what the encoder reads, as a classification "
+            "head of an encoder-decoder does; use prefixes there"
+        )
 
 
 def _behind_prompt(guard: RootGuard, call: dict[str, Any]) -> dict[str, Any]:

@@ -305,3 +305,14 @@ def test_what_a_backbone_cannot_do_is_refused_with_the_reason() -> None:
             peftref.compile(expression, tiny(family))
     plan = peftref.compile("gate(lora(rank=2))", tiny("deberta-v2", share_att_key=False))
     assert plan.trainable_parameters
+
+
+@pytest.mark.parametrize("family", ["bart", "mbart", "t5"])
+def test_a_decoder_that_reads_the_encoders_ids_takes_no_prompt(family: str) -> None:
+    model, given = tiny(family, "classification"), inputs(family, "classification")
+    adapted = peftref.attach(model, "prompt_tuning(length=2)")
+    with pytest.raises(BackboneError, match=r"needs decoder_input_ids.*use prefixes"):
+        model(**given)
+    adapted.detach()
+    randomise(peftref.attach(model, "prefix_tuning(length=2)"))
+    assert model(**given).logits.shape == (2, 3)
