@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,10 +13,13 @@ from torch import Tensor, nn
 
 from peftref.ir.types import Stage
 from peftref.lowering.weight import dense_weight, takes_ops
+from peftref.ops.block_rotate.op import block_rotate
+from peftref.ops.bottleneck.op import bottleneck
 from peftref.ops.choice import FORCED
 from peftref.ops.delta_rownorm.op import delta_rownorm
 from peftref.ops.dora_linear.op import dora_linear
 from peftref.ops.lora_linear.op import lora_linears
+from peftref.ops.rotated_linear.op import rotated_linear
 from peftref.ops.scale_shift.op import scale_shift
 
 if TYPE_CHECKING:
@@ -29,10 +31,16 @@ Join = Callable[[Tensor, Tensor], Tensor]
 
 
 class FastLinear:
-    """``W1 x + b1`` of a plain linear whose low-rank additions run with the frozen product.
+    """``W1 x + b1`` of a plain linear whose edits run with the frozen product.
 
-    Additions that no op knows follow one by one, and rotations turn the stream before, as in the
-    plain program.
+    =====================================  =====================================================
+    edits                                  op
+    =====================================  =====================================================
+    low-rank additions                     lora_linear; additions of other kinds follow one by one
+    the same, and norms                    dora_linear, delta_rownorm
+    rotations only                         rotated_linear, after block_rotate for all but the last
+    low-rank additions, rotations          block_rotate, then as without
+    =====================================  =====================================================
 
     Args:
         weights: the edits of the weight, in the order of the fold; none of them gated.
@@ -47,7 +55,7 @@ class FastLinear:
         drawn = [e for e in thin if e.draws]
         self.thin = [e for e in thin if not e.draws] or drawn[:1]
         self.others = [e for e in adds if e not in self.thin]
-        self._scales: dict[torch.device, Tensor] = {}
+        self._scale = Constant(self.thin[0].scale if len(self.thin) == 1 else 1.0)
         self._squares: tuple[object, Tensor] | None = None
 
     @classmethod
@@ -55,22 +63,27 @@ class FastLinear:
         """The fast form for these edits; None where the plain one is to run."""
         fast = cls(weights)
         sliced = any(e.rows is not None for e in fast.rotations)
-        if FORCED or sliced or not fast.thin or not takes_ops(module):
+        if FORCED or sliced or not takes_ops(module):
             return None
         if fast.norms:
             known = all(e.edit.write.op == "dora_linear" for e in fast.norms)
             drawn = any(e.draws for e in fast.thin)
             if not known or drawn or fast.others or fast.rotations or len(fast.norms) > 1:
                 return None
-        return fast
+        turned = fast.rotations and not fast.others
+        turned = turned and all(e.edit.write.op == "rotated_linear" for e in fast.rotations)
+        return fast if fast.thin or turned else None
 
     def __call__(self, module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """Run the frozen product with all edits."""
-        for edit in self.rotations:
-            x = edit.stream(x)
-        down, up = self._factors()
-        scale = self._scale(x)
         weight = dense_weight(module)
+        for edit in self.rotations if self.thin else self.rotations[:-1]:
+            known = edit.edit.write.op == "rotated_linear"
+            x = block_rotate(x, edit.operand()) if known else edit.stream(x)
+        if not self.thin:
+            return rotated_linear(x, self.rotations[-1].operand(), weight, bias)
+        down, up = self._factors()
+        scale = self._scale.on(x.device)
         if self.norms:
             ratio = self._ratio(weight, down, up, scale)
             return dora_linear(x, weight, bias, down, up, scale, ratio)
@@ -108,29 +121,55 @@ class FastLinear:
                 self._squares = key, weight.detach().to(wide).square().sum(1)
         return self._squares[1]
 
-    def _scale(self, x: Tensor) -> Tensor:
-        """The scale as a tensor: as a number, each new one would compile the op anew."""
-        if torch.compiler.is_compiling():
-            return self._made(x)
-        if x.device not in self._scales:
-            with torch.inference_mode(mode=False):
-                self._scales[x.device] = self._made(x)
-        return self._scales[x.device]
 
-    def _made(self, x: Tensor) -> Tensor:
-        scale = self.thin[0].scale if len(self.thin) == 1 else 1.0
-        return torch.full((), scale, dtype=torch.float64, device=x.device)
+class Constant:
+    """A number as a tensor, made once a device: as a number, each new one compiles ops anew."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self._held: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The tensor ()."""
+        if torch.compiler.is_compiling():
+            return torch.full((), self.value, dtype=torch.float64, device=device)
+        if device not in self._held:
+            with torch.inference_mode(mode=False):
+                self._held[device] = torch.full((), self.value, dtype=torch.float64, device=device)
+        return self._held[device]
 
 
 def fast_join(edit: BoundEdit) -> Join | None:
     """Return what joins a stream and an edit by one op: ``(stream, read) -> stream``."""
-    build = None if FORCED else _JOINS.get(edit.edit.write.op)
-    return None if build is None else functools.partial(build, edit)
+    return None if FORCED or edit.edit.write.op not in _JOINS else _JOINS[edit.edit.write.op](edit)
 
 
-def _rescaled(edit: BoundEdit, _: Tensor, x: Tensor) -> Tensor:
-    (vector,) = edit.linear_tensors()
-    return scale_shift(x, vector if edit.scale == 1.0 else vector * edit.scale)
+def _rescaled(edit: BoundEdit) -> Join:
+    def join(_: Tensor, x: Tensor) -> Tensor:
+        (vector,) = edit.linear_tensors()
+        return scale_shift(x, vector if edit.scale == 1.0 else vector * edit.scale)
+
+    return join
 
 
-_JOINS: dict[str, Callable[[BoundEdit, Tensor, Tensor], Tensor]] = {"scale_shift": _rescaled}
+def _bottleneck(edit: BoundEdit) -> Join:
+    scale = Constant(edit.scale)
+    (activation,) = (
+        str(p.link.value) for p in edit.links if p.link is not None and p.link.kind == "activation"
+    )
+
+    def join(y: Tensor, x: Tensor) -> Tensor:
+        down, down_bias, up, up_bias = edit.linear_tensors()
+        same = y is x
+        return bottleneck(
+            x, down, down_bias, up, up_bias, activation, scale.on(x.device),
+            into=None if same else y, residual=same,
+        )  # fmt: skip
+
+    return join
+
+
+_JOINS: dict[str, Callable[[BoundEdit], Join]] = {
+    "scale_shift": _rescaled,
+    "bottleneck": _bottleneck,
+}

@@ -102,7 +102,6 @@ class BoundEdit:
         self.rows = edit.write.site.rows
         self.draws = edit.write.algebra is not None and edit.write.algebra.random
         self._runtime = runtime
-        self._fast = fast_join(self)
         runtime = _AtSite(runtime, self.rows)
         self.scale = (edit.write.scale if edit.write.scale is not None else 1.0) * scale
         self._fetch = fetch[: len(edit.program.tensors)]
@@ -110,7 +109,8 @@ class BoundEdit:
         self._inputs = tuple(step.inputs for step in edit.program.steps)
         self._gate = None if edit.gate is None else _Gate(edit.gate, runtime, fetch)
         steps = edit.program.steps
-        self._links = [s.primitive for s in steps if not s.primitive.on_tensors]
+        self.links = [s.primitive for s in steps if not s.primitive.on_tensors]
+        self._fast = fast_join(self)
         # A first step without tensors (a fold of the stream) does not know the type of its result.
         self._needs_identity = any(
             step.inputs == (0,) and not step.primitive.reads_weight for step in steps
@@ -190,7 +190,7 @@ class BoundEdit:
     @property
     def dropout(self) -> float:
         """Share of the input's entries that a low-rank edit drops now."""
-        thin = low_rank(self._links)
+        thin = low_rank(self.links)
         return thin.dropout if thin is not None and self._runtime.training else 0.0
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -198,7 +198,7 @@ class BoundEdit:
 
         The rows of ``B`` that a slice does not have are zeros; scales are left out.
         """
-        thin = low_rank(self._links)
+        thin = low_rank(self.links)
         if thin is None:
             raise TypeError(f"{self.edit.write.label}: is not of low rank")
         registers: list[Tensor | None] = [None, *(fetch() for fetch in self._fetch)]
@@ -218,6 +218,10 @@ class BoundEdit:
         if value is None:
             raise TypeError(f"{self.edit.write.label}: the program gave nothing")
         return ends[0], scatter_rows(value, self.rows, 0)
+
+    def operand(self) -> Tensor:
+        """What the op of a function of one link takes: the blocks of a rotation."""
+        return self.links[0].bind_operand()(*self.linear_tensors())
 
     def row_scale(self, weight: Tensor) -> Tensor:
         """What a normalisation multiplies each row of ``weight`` by."""
