@@ -1,16 +1,18 @@
-"""What is compared: backbones, techniques, and how each engine puts one on the other."""
+"""What is compared: techniques, and how each engine puts one on a backbone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import peft
 import torch
-from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 import peftref
+from benchmarks.measure import Contestant
+
+__all__ = ["OURS", "by_peft", "frozen", "full", "ours"]
 
 RANK = 16
 ALL = "{attention,ffn}.*"
@@ -38,49 +40,8 @@ OURS = {
 }
 
 
-@dataclass
-class Contestant:
-    """A model, what trains in it, and the optimiser of that."""
-
-    model: nn.Module
-    inputs: Tensor
-    optimiser: torch.optim.Optimizer | None
-
-    def forward(self) -> Tensor:
-        """Return the loss of one step: the mean square of the last hidden state."""
-        hidden = self.model(input_ids=self.inputs).last_hidden_state
-        return hidden.square().mean()
-
-    def step(self) -> None:
-        """Forward, backward, AdamW."""
-        self.forward().backward()
-        if self.optimiser is not None:
-            self.optimiser.step()
-            self.optimiser.zero_grad(set_to_none=True)
-
-
-def backbone(name: str) -> tuple[PreTrainedModel, Tensor]:
-    """Return a random backbone without dropout, and the token ids of its step."""
-    torch.manual_seed(0)
-    if name == "llama":
-        config = LlamaConfig(
-            hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
-            intermediate_size=1408, vocab_size=1000,
-        )
-        return LlamaModel(config), torch.randint(5, 1000, (2, 256))
-    width = {"minilm": 384, "d1024": 1024}[name]
-    heads = {"minilm": 12, "d1024": 16}[name]
-    config = BertConfig(
-        hidden_size=width, num_hidden_layers=12, num_attention_heads=heads,
-        intermediate_size=4 * width, vocab_size=1000, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return BertModel(config), torch.randint(5, 1000, (8 if width == 384 else 4, 128))
-
-
-def frozen(name: str) -> Contestant:
+def frozen(model: PreTrainedModel, inputs: Tensor) -> Contestant:
     """Forward and activation gradients of the whole backbone, nothing trained."""
-    model, inputs = backbone(name)
     model.requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(
         lambda _module, _args, output: output.requires_grad_()
@@ -88,29 +49,29 @@ def frozen(name: str) -> Contestant:
     return Contestant(model, inputs, None)
 
 
-def full(name: str) -> Contestant:
-    """Full fine-tuning."""
-    model, inputs = backbone(name)
+def full(model: PreTrainedModel, inputs: Tensor) -> Contestant:
+    """Full fine-tuning; the model's weights change."""
+    model.requires_grad_(True)
     return Contestant(model, inputs, torch.optim.AdamW(model.parameters(), lr=1e-5))
 
 
-def ours(name: str, technique: str) -> Contestant:
+def ours(model: PreTrainedModel, inputs: Tensor, technique: str) -> Contestant:
     """The technique attached by peftref."""
-    model, inputs = backbone(name)
-    adapted = peftref.attach(model.train(), OURS[technique])
+    plan = peftref.compile(OURS[technique], model.train(), tokens=inputs.numel())
+    adapted = peftref.attach(model, plan)
     adapted.handled = True
     parameters = list(adapted.trainable.values())
     return Contestant(model, inputs, torch.optim.AdamW(parameters, lr=1e-5))
 
 
-def by_peft(name: str, technique: str) -> Contestant | None:
+def by_peft(
+    model: PreTrainedModel, inputs: Tensor, technique: str, family: str
+) -> Contestant | None:
     """The technique by huggingface/peft; None where it has none."""
-    family = "llama" if name == "llama" else "bert"
-    build = _PEFT.get(technique)
-    if build is None:
+    make = _PEFT.get(technique)
+    if make is None:
         return None
-    model, inputs = backbone(name)
-    adapted = peft.get_peft_model(model.train(), build(family))
+    adapted = peft.get_peft_model(model.train(), make(family))
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     return Contestant(adapted, inputs, torch.optim.AdamW(parameters, lr=1e-5))
 
@@ -134,5 +95,8 @@ _PEFT: dict[str, Callable[[str], peft.PeftConfig]] = {
     "ia3": _ia3,
     "oft 32 all": lambda family: peft.OFTConfig(
         oft_block_size=32, target_modules=LINEARS[family]
+    ),
+    "prefix 20": lambda family: peft.PrefixTuningConfig(
+        task_type="FEATURE_EXTRACTION", num_virtual_tokens=20
     ),
 }
