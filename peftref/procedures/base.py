@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
-from peftref.ir.plan import PlannedTensor
+from peftref.ir.plan import Plan, PlannedTensor
 from peftref.spec.base import Frozen
 
 if TYPE_CHECKING:
@@ -62,6 +62,11 @@ class Adapter(Protocol):
     @property
     def head(self) -> Mapping[str, nn.Parameter]:
         """Trained tensors of the task head by name, those that rest included."""
+        ...
+
+    @property
+    def plan(self) -> Plan:
+        """What was attached."""
         ...
 
     @property

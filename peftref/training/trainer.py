@@ -38,6 +38,7 @@ class Trained(Protocol):
     """What is trained: an attached composition, or a task head alone."""
 
     handled: bool
+    optimiser: Any
 
     @property
     def model(self) -> Any: ...
@@ -48,6 +49,7 @@ class Trained(Protocol):
     def head(self) -> Mapping[str, nn.Parameter]: ...
     @property
     def planned(self) -> Mapping[str, PlannedTensor]: ...
+    def rate(self, tensor: Tensor) -> float: ...
     def rest(self, names: Collection[str]) -> None: ...
     @property
     def procedures(self) -> Sequence[Procedure[Any]]: ...
@@ -78,15 +80,17 @@ class Moments(TrainerCallback):
     """Calls the procedures of a composition at the moments of a step.
 
     Args:
-        adapted: what is trained.
+        adapted: what is trained; only an attached composition has procedures.
         begin: told of every step before the procedures are; begins phases.
     """
 
     def __init__(self, adapted: Trained, begin: Callable[[int, int], None]) -> None:
-        self.adapted = adapted
+        self.adapted: Any = adapted
         self.begin = begin
 
-    def _each(self, moment: str, state: Any) -> None:
+    def _each(self, moment: str, state: Any, optimiser: Any = None) -> None:
+        if optimiser is not None:
+            self.adapted.optimiser = optimiser
         for procedure in self.adapted.procedures:
             getattr(procedure, moment)(self.adapted, state.global_step, state.max_steps)
 
@@ -97,7 +101,7 @@ class Moments(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, **kwargs: Any
     ) -> None:
-        self._each("after_backward", state)
+        self._each("after_backward", state, kwargs.get("optimizer"))
 
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, **kwargs: Any

@@ -350,8 +350,9 @@ def test_diff_pruning_folds_its_gates_and_keeps_the_largest(tmp_path: Path) -> N
 
 
 def test_the_l0_penalty_closes_gates(tmp_path: Path) -> None:
-    spec: dict[str, Any] = {"composition": "gated", "members": [{"name": "full", "use": "full"}], "couplings": [
-        {"mask": {"kind": "hard_concrete", "init": "constant(0.0)", "penalty": 0.0}}]}
+    spec: dict[str, Any] = {
+        "composition": "gated", "members": [{"name": "full", "use": "full"}],
+        "couplings": [{"mask": {"kind": "hard_concrete", "init": "constant(0.0)"}}]}
     opened = []
     for penalty in (0.0, 1e-2):
         spec["couplings"][0]["mask"]["penalty"] = penalty
