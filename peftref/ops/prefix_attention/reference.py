@@ -10,38 +10,29 @@ __all__ = ["prefix_attention"]
 
 def prefix_attention(
     query: Tensor,
-    keys: tuple[Tensor, Tensor],
-    values: tuple[Tensor, Tensor],
-    mask: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
+    prefix_key: Tensor,
+    key: Tensor,
+    prefix_value: Tensor,
+    value: Tensor,
+    scale: float,
 ) -> Tensor:
-    """Return attention of ``query`` over the prefix rows, which all see, and the sequence.
+    """Return causal attention of ``query`` over prefix rows, which all see, and the sequence.
 
     Prefix tuning, Li and Liang 2021, https://arxiv.org/abs/2101.00190
 
     Args:
-        query: (batch, heads, queries, width).
-        keys: of the prefix (batch or 1, key heads, p, width) and of the sequence (batch, key
-            heads, tokens, width). Heads are a multiple of key heads.
-        values: likewise.
-        mask: over the sequence, broadcast to (batch, heads, queries, tokens): boolean, true where
-            seen, or added to the scores.
-        scale: of the scores; ``width ** -0.5`` by default.
-        causal: query i sees tokens up to i (aligned at the first, as torch does).
+        query: (batch, heads, tokens, width); token i sees tokens up to i.
+        prefix_key: (batch or 1, key heads, p, width).
+        key: (batch, key heads, tokens, width); heads are a multiple of key heads.
+        prefix_value: like ``prefix_key``.
+        value: like ``key``.
+        scale: of the scores.
     """
-    batch, heads, queries, width = query.shape
-    key = torch.cat([keys[0].expand(batch, -1, -1, -1), keys[1]], 2)
-    value = torch.cat([values[0].expand(batch, -1, -1, -1), values[1]], 2)
+    batch, heads, tokens, _ = query.shape
     groups = heads // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.mT * (width**-0.5 if scale is None else scale)
-    rows, tokens = keys[0].shape[2], keys[1].shape[2]
-    seen = torch.ones(queries, tokens, dtype=torch.bool, device=query.device)
-    seen = seen.tril() if causal else seen
-    bias = torch.zeros_like(scores[..., rows:])
-    if mask is not None:
-        seen, bias = (seen & mask, bias) if mask.dtype == torch.bool else (seen, bias + mask)
-    bias = bias.masked_fill(~seen, -torch.inf)
-    return (scores + torch.nn.functional.pad(bias, (rows, 0))).softmax(-1) @ value
+    keys = torch.cat([prefix_key.expand(batch, -1, -1, -1), key], 2).repeat_interleave(groups, 1)
+    values = torch.cat([prefix_value.expand(batch, -1, -1, -1), value], 2)
+    rows = prefix_key.shape[2]
+    seen = torch.ones(tokens, rows + tokens, dtype=torch.bool, device=query.device).tril(rows)
+    scores = (query @ keys.mT * scale).masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1) @ values.repeat_interleave(groups, 1)
