@@ -46,6 +46,7 @@ class Adapted:
         self._attachment: Attachment | None = attachment
         self._prepared: set[int] = set()
         self._resting: frozenset[str] = frozenset()
+        self.optimiser: torch.optim.Optimizer | None = None
         self.procedures: tuple[Procedure[Any], ...] = tuple(
             _procedure(spec.name, spec.arguments) for spec in attachment.plan.procedures
         )
@@ -178,6 +179,18 @@ class Adapted:
             TrainingError: no rate is given and a spec has none.
         """
         return parameter_groups(self, lr, weight_decay)
+
+    def rate(self, tensor: Tensor) -> float:
+        """The learning rate of a trained tensor in the step that runs.
+
+        Raises:
+            TrainingError: the loop has not said which optimiser it uses.
+        """
+        for group in [] if self.optimiser is None else self.optimiser.param_groups:
+            if any(parameter is tensor for parameter in group["params"]):
+                return float(group["lr"])
+        raise TrainingError("a procedure needs the learning rate of the step; train with "
+                            "peftref.trainer, or set adapted.optimiser")
 
     # --- procedures ----------------------------------------------------------------------
 

@@ -23,8 +23,8 @@ class DropLayersArguments(ProcedureArguments):
 class DropLayersProcedure(Procedure[DropLayersArguments]):
     """``k`` uniform in 0 .. ``most``, drawn in every step.
 
-    AdapterDrop, Rueckle et al. 2021, https://arxiv.org/abs/2010.11918. The draw depends on the number of the step only, so that all processes and a resumed run
-    agree.
+    The draw depends on the number of the step only, so that all processes and a resumed run
+    agree. AdapterDrop, Rueckle et al. 2021, https://arxiv.org/abs/2010.11918
     """
 
     name = "drop_layers"

@@ -70,9 +70,9 @@ def load_backbone(name: str, head: TaskHead, *, dtype: str, device: str | None) 
     model = hf.load_backbone(source, head.task, labels, getattr(torch, dtype))
     tokenizer = load_tokenizer(source)
     model.config.pad_token_id = pad_token(tokenizer)
-    for name in ("cls_token_id", "sep_token_id"):  # edits may act at these tokens
-        if getattr(model.config, name, None) is None:
-            setattr(model.config, name, getattr(tokenizer, name, None))
+    for token in ("cls_token_id", "sep_token_id"):  # edits may act at these tokens
+        if getattr(model.config, token, None) is None:
+            setattr(model.config, token, getattr(tokenizer, token, None))
     held = _checkpoint_names(source)
     notes: list[str] = []
     pooling: Pooling = "model"

@@ -36,6 +36,7 @@ class HeadOnly:
     def __init__(self, model: PreTrainedModel, head_modules: Iterable[str]) -> None:
         self.model = model
         self.handled = True
+        self.optimiser: Any = None
         roots = set(head_modules)
         self.head = {
             name: parameter for name, parameter in model.named_parameters()
@@ -56,6 +57,10 @@ class HeadOnly:
         """Return the head as one group."""
         rate = HEAD_RATE if lr is None else lr
         return [{"params": list(self.head.values()), "lr": rate, "weight_decay": weight_decay}]
+
+    def rate(self, tensor: Tensor) -> float:
+        """No procedure asks: there is none."""
+        raise TrainingError("a head alone has no procedures")
 
     def tensors(self, members: tuple[str, ...] = ()) -> Mapping[str, Tensor]:
         """Return nothing: there is no adapter."""

@@ -301,7 +301,8 @@ def test_adapter_fusion_attends_over_its_members() -> None:
     x = torch.randn(2, 5, D, dtype=torch.float64)
     u, *z = _members(adapted, module, x)
     own = {k: v for k, v in adapted.tensors().items() if ".1." in k}
-    t = {n: next(v for k, v in own.items() if k.endswith(f"fusion.{n}")) for n in ("query.weight", "query.bias", "key.weight", "key.bias", "value.weight")}
+    names = ("query.weight", "query.bias", "key.weight", "key.bias", "value.weight")
+    t = {n: next(v for k, v in own.items() if k.endswith(f"fusion.{n}")) for n in names}
     q = u @ t["query.weight"].t() + t["query.bias"]
     scores = torch.stack([(q * (v @ t["key.weight"].t() + t["key.bias"])).sum(-1) for v in z])
     shares = scores.exp() / scores.exp().sum(0)

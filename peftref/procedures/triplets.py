@@ -1,0 +1,67 @@
+"""Low-rank updates ``L diag(v) R`` of the members of a composition, by site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peftref.errors import CompositionError
+from peftref.procedures.base import Adapter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["RIGHT", "Triplet", "orthogonality", "triplets"]
+
+RIGHT, VALUES, LEFT = "right.weight", "values", "left.weight"
+"""Names that a technique gives the three tensors, so that procedures find them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Triplet:
+    """``right`` (r, d_in), ``values`` (r), ``left`` (d_out, r) of one site.
+
+    ``others`` are the tensors that stand beside them, by their local names.
+    """
+
+    name: str
+    right: Tensor
+    values: Tensor
+    left: Tensor
+    others: dict[str, Tensor]
+
+
+def triplets(adapter: Adapter, asker: str) -> tuple[Triplet, ...]:
+    """Return the triplets of all members, in the order of the plan.
+
+    Raises:
+        CompositionError: there is none.
+    """
+    found = adapter.tensors()
+    sites: dict[str, dict[str, Tensor]] = {}
+    for name, planned in adapter.planned.items():
+        prefix = name.removesuffix(planned.spec.name)
+        sites.setdefault(prefix, {})[planned.spec.name] = found[name]
+    result = tuple(
+        Triplet(prefix, own[RIGHT], own[VALUES], own[LEFT],
+                {n: t for n, t in own.items() if n not in (RIGHT, VALUES, LEFT)})
+        for prefix, own in sites.items() if {RIGHT, VALUES, LEFT} <= own.keys()
+    )
+    if not result:
+        raise CompositionError(
+            f"{asker}: no member has the tensors {RIGHT}, {VALUES} and {LEFT} at one site"
+        )
+    return result
+
+
+def orthogonality(parts: Iterable[Triplet]) -> Tensor | None:
+    """Return the mean of ``||L^T L - I||_F`` and ``||R R^T - I||_F`` over all triplets."""
+    import torch
+
+    terms: list[Tensor] = []
+    for part in parts:
+        for gram in (part.right @ part.right.t(), part.left.t() @ part.left):
+            eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            terms.append(torch.linalg.norm(gram - eye))
+    return torch.stack(terms).mean() if terms else None
