@@ -240,6 +240,37 @@ def test_couplings_keep_what_cancels_at_the_start() -> None:
         torch.testing.assert_close(logits(adapted.model, batch()), frozen, rtol=0, atol=1e-11)
 
 
+def test_any_member_can_stand_on_a_quantised_base() -> None:
+    """``quantize`` is the base of the fold, whatever the member does to the weight."""
+    coupled = attach("quantize(lora(rank=3, alpha=6), kind=int, bits=4, block=8)")
+    assert not coupled.plan.properties.identity_at_init
+    assert_known_weights(coupled, added(lambda w: steps(w, 4, 8), 2.0))
+
+    def dora(w: Tensor, t: Tensors) -> Tensor:
+        inner = nf4(w) + 2.0 * t["up.weight"] @ t["down.weight"]
+        return t["magnitude"][:, None] * inner / inner.detach().norm(dim=1, keepdim=True)
+
+    # bitsandbytes' codes are kept in float32.
+    assert_known_weights(attach("quantize(dora(rank=3, alpha=6))"), dora, tolerance=1e-5)
+    slices = attach("quantize(lora(rank=3), block=16)", "gpt2")
+    assert_merges(slices, "gpt2")
+    fused = slices.model.transformer.h[0].attn.c_attn
+    x, weight = torch.randn(2, 5, 32).double(), fused.weight.T
+    keys = (fused(x) - fused.bias)[..., 32:64]
+    torch.testing.assert_close(keys, x @ weight[32:64].T)  # only query and value are selected
+
+
+def test_quantised_groups_keep_their_codes_under_pooled_inputs() -> None:
+    """QA-LoRA merges into the zero points: the steps between the values of a group stay."""
+    adapted = attach("quantize(qa_lora(rank=3, group=8), kind=int, bits=4, block=8)")
+    module = adapted.model.bert.encoder.layer[0].attention.self.query
+    base = steps(module.weight, 4, 8).unflatten(1, (-1, 8))
+    adapted.merge()
+    merged = module.weight.unflatten(1, (-1, 8))
+    torch.testing.assert_close(merged - merged[..., :1], base - base[..., :1], rtol=0, atol=1e-12)
+    assert (merged - base).abs().max() > 1e-3
+
+
 def test_a_changed_backbone_is_quantised_anew() -> None:
     adapted = attach("qlora(rank=3)")
     module = adapted.model.bert.encoder.layer[0].attention.self.query
@@ -274,6 +305,8 @@ def test_what_is_quantised_already_is_refused() -> None:
     ("qlora(bits=3)", "nf4 has 4 bits"),
     ("qlora(rank=2) + loftq(rank=2)", "both quantise the weight"),
     ("share(pissa, tensors=['up.*'])", "starts at values of the backbone"),
+    ("quantize(prefix_tuning)", "edits no linear module"),
+    ("quantize(qlora(rank=2))", "both quantise the weight"),
 ])
 def test_what_does_not_fit_is_refused(expression: str, words: str) -> None:
     with pytest.raises(PeftRefError, match=words):

@@ -48,6 +48,8 @@ def same(tensor: Tensor) -> Tensor:
     ("lora_fa(rank=3)", lambda i, o: 3 * o),
     ("miss(rank=8)", lambda i, o: 8 * o),
     ("miss(rank=8, kind=mini, mini=4)", lambda i, o: 8 * 4),
+    ("miss(rank=8, kind=bat)", lambda i, o: 8 * o),
+    ("moelora(rank=6, experts=3)", lambda i, o: 6 * (i + o) + 64 + 3 * 64),
     ("krona(factor=4)", lambda i, o: 16 + i // 4 * (o // 4)),
     ("gralora(rank=4, blocks=2)", lambda i, o: 4 * (i + o)),
     ("gralora(rank=4, blocks=2, hybrid=3)", lambda i, o: 7 * (i + o)),
@@ -71,6 +73,26 @@ def miss(w: Tensor, t: Tensors) -> Tensor:
     block = t["block.weight"]  # (d_out or mini, r)
     rows = torch.arange(w.shape[0]) % block.shape[0]
     return w + block[rows][:, torch.arange(w.shape[1]) % block.shape[1]]
+
+
+def bat(w: Tensor, t: Tensors) -> Tensor:
+    """Block (i, j) of the weight becomes ``W_ij + W_ij D_i + D_i``."""
+    blocks, out = t["weight_blocks"], w.clone()
+    for i, block in enumerate(blocks):
+        for j in range(w.shape[1] // 8):
+            rows, columns = slice(8 * i, 8 * i + 8), slice(8 * j, 8 * j + 8)
+            out[rows, columns] = w[rows, columns] @ (block + torch.eye(8)) + block
+    return out
+
+
+def moelora(w: Tensor, t: Tensors) -> Tensor:
+    """``W + s sum_e w_e B_e A_e`` with experts of rank 2."""
+    gate = (t["expert_gate.gate"] @ t["expert_gate.task"]).exp()
+    for e in range(3):
+        part = slice(2 * e, 2 * e + 2)
+        product = t["up.weight"][:, part] @ t["down.weight"][part]
+        w = w + 2.0 * gate[e] / gate.sum() * product
+    return w
 
 
 def krona(w: Tensor, t: Tensors) -> Tensor:
@@ -105,6 +127,8 @@ def qa_lora(w: Tensor, t: Tensors) -> Tensor:
     ("miss(rank=8, site='{attention.value,ffn.*}')", miss),
     ("miss(rank=5)", miss),
     ("miss(rank=8, kind=mini, mini=4)", miss),
+    ("miss(rank=8, kind=bat, site='{attention,ffn}.*')", bat),
+    ("moelora(rank=6, alpha=12, experts=3)", moelora),
     ("krona(factor=4, scale=2.0)", krona),
     ("gralora(rank=4, alpha=8, blocks=2)", gralora),
     ("gralora(rank=4, alpha=12, blocks=2, hybrid=2)", gralora),
@@ -131,6 +155,9 @@ def _bd(up: bool) -> dict[str, object]:
     ("miss(rank=8, kind=mini, mini=4)",
      lambda to: peft.MissConfig(r=8, mini_r=4, init_weights="mini", target_modules=to),
      lambda m: {"block.weight": (m.miss_block["default"], lambda t: t.T)}),
+    ("miss(rank=8, kind=bat)",
+     lambda to: peft.MissConfig(r=8, init_weights="bat", target_modules=to),
+     lambda m: {"weight_blocks": (m.miss_block["default"], same)}),
     ("gralora(rank=4, alpha=12, blocks=2, hybrid=2)",
      lambda to: peft.GraloraConfig(r=4, alpha=12, gralora_k=2, hybrid_r=2, target_modules=to),
      lambda m: {"delta.down.weight": (m.gralora_A["default"], lambda t: t.mT),
@@ -223,6 +250,8 @@ def test_lora_plus_trains_the_second_factor_faster() -> None:
 
 @pytest.mark.parametrize(("expression", "words"), [
     ("miss(rank=33)", "width 33 is above the 32 entries"),
+    ("miss(rank=12, kind=bat)", "block 12 does not divide width 32"),
+    ("moelora(rank=6, experts=4)", "4 experts do not divide 6"),
     ("gralora(rank=3, blocks=2)", "4 must divide width 6"),
     ("bd_lora(rank=4, blocks=3)", "3 blocks do not divide width"),
     ("qa_lora(group=5)", "5 does not divide width 32"),

@@ -72,6 +72,8 @@ class TestStructured(PrimitiveContract):
         Case("frozen", {"out": 5, "seed": None, "init": "svd_scaled_right"}),
         Case("vector", {"init": "input_norm", "trainable": False}),
         Case("vector", {"scalar": True}),
+        Case("expert_gate", {"experts": 3, "task": 5}),
+        Case("weight_blocks", {"block": 4}),
         Case("spectrum", {"count": 20}),
         Case("spectrum", {"count": 20, "kind": "haar"}, d_in=9, d_out=7),
         Case("circulant", {"block": 4}),
