@@ -28,7 +28,6 @@ __all__ = [
     "Primitive",
     "Runtime",
     "TensorSpec",
-    "identity_like",
 ]
 
 Operation = Callable[..., "Tensor"]
@@ -177,14 +176,6 @@ IDENTITY = Algebra(
     keeps_zero=True,
     matrix=True,
 )
-
-
-def identity_like(tensor: Tensor, width: int) -> Tensor:
-    """The identity of a width, on the tensor's device and of its type, float32 at least."""
-    import torch
-
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return torch.eye(width, dtype=wide, device=tensor.device)
 
 
 @dataclass(frozen=True, slots=True)
