@@ -178,6 +178,12 @@ IDENTITY = Algebra(
 )
 
 
+def identity_like(tensor: Tensor, width: int) -> Tensor:
+    """The identity of a width, on the tensor's device and of its type, float32 at least."""
+    wide = tensor.is_floating_point() and tensor.element_size() >= 4
+    return (tensor if wide else tensor.float()).new_zeros(width, width).fill_diagonal_(1)
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """What a primitive is to an op that computes several links of a chain at once.
