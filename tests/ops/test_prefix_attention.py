@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from peftref.ops.prefix_attention import op
 from peftref.ops.prefix_attention.op import OPERATOR, prefix_attention
 from tests.ops.agreement import assert_forms_agree, assert_gradients, assert_registered, run
 
@@ -64,6 +65,38 @@ def test_a_mask_hides_tokens_and_not_the_prefix(boolean: bool) -> None:
     tensors = [query, prefix_key, key, prefix_value, value]
     for mine, right in zip(run(padded, tensors), run(causal, tensors), strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 2])
+def test_flash_kernels_on_a_gpu(groups: int) -> None:
+    arguments = _arguments(2, 3, groups, 70, 5, shared=True)
+    tensors = [
+        a.detach().to("cuda", torch.float16).requires_grad_()
+        for a in arguments
+        if isinstance(a, Tensor)
+    ]
+    exact = [t.detach().double().cpu().requires_grad_() for t in tensors]
+    found = run(OPERATOR, [*tensors, 0.3])
+    right = run(OPERATOR.reference, [*exact, 0.3])
+    for mine, other in zip(found, right, strict=True):
+        assert (mine.cpu() - other).abs().max() < 5e-3 * other.abs().max()
+
+
+def test_beside_a_prefix_on_other_devices() -> None:
+    """Where there is no kernel for two blocks, the causal mask is made."""
+    query, prefix_key, key, prefix_value, value, scale = _arguments(2, 2, 2, 6, 3, shared=True)
+    tensors = [query, prefix_key, key, prefix_value, value]
+
+    def one_block(q: Tensor, pk: Tensor, k: Tensor, pv: Tensor, v: Tensor) -> Tensor:
+        assert isinstance(scale, float)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(op, "_has_kernel", lambda _: False)
+            return prefix_attention(q, (pk, k), (pv, v), scale=scale, causal=True)
+
+    right = run(lambda *t: OPERATOR.reference(*t, scale), tensors)
+    for mine, other in zip(run(one_block, tensors), right, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 def test_without_a_mask_all_see_all() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from peftref.ops.choice import has_triton
 from peftref.ops.operator import Kernels, Operator, Rule, Saved
 from peftref.ops.prefix_attention import cpu, reference
 
@@ -24,8 +25,9 @@ def prefix_attention(
 ) -> Tensor:
     """Attention of ``query`` over prefix rows, which every query sees, and the sequence.
 
-    Causal attention without a mask runs as two blocks; everything else is one block of prefix and
-    sequence laid side by side, which is faster there.
+    Causal attention without a mask runs as two blocks where torch has a fused kernel that gives
+    the sums of the softmax; everything else is one block of prefix and sequence side by side, which
+    is faster with a mask.
 
     Args:
         query: (batch, heads, queries, width).
@@ -38,14 +40,17 @@ def prefix_attention(
         causal: query i sees tokens up to i, counted from the first; not together with a mask.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if causal and mask is None:
+    if causal and mask is None and _has_kernel(query):
         dtype = query.dtype
         return OPERATOR(
             query, keys[0].to(dtype), keys[1].to(dtype), values[0].to(dtype), values[1].to(dtype),
             scale,
         )  # fmt: skip
-    rows = keys[0].shape[2]
-    if mask is not None:
+    rows, queries = keys[0].shape[2], query.shape[2]
+    if mask is None and causal:
+        seen = torch.ones(queries, rows + keys[1].shape[2], dtype=torch.bool, device=query.device)
+        mask = seen.tril(rows)
+    elif mask is not None:
         seen = True if mask.dtype == torch.bool else 0.0
         mask = torch.nn.functional.pad(mask, (rows, 0), value=seen)
     key, value = (
@@ -55,6 +60,13 @@ def prefix_attention(
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
+
+
+def _has_kernel(query: Tensor) -> bool:
+    if query.device.type != "cuda":
+        return query.device.type == "cpu"
+    width = query.shape[-1]
+    return query.dtype.itemsize == 2 and width % 8 == 0 and width <= 256 and has_triton()
 
 
 def _fake_forward(
