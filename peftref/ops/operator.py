@@ -13,9 +13,11 @@ direct call are one differentiation rule.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
 
 import torch
@@ -223,7 +225,8 @@ def _register(name: str, half: int, kernels: Kernels, fake: Kernels) -> Callable
     def on_cuda(*arguments: Argument) -> Tensors:
         # Kernels add with atomics, whose order varies, and have no double precision.
         wide = any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in _flat(arguments))
-        if not has_triton() or wide or torch.are_deterministic_algorithms_enabled():
+        plain = wide or torch.are_deterministic_algorithms_enabled()
+        if plain or not has_triton() or not _has_kernels(name):
             return kernels[half](*arguments)
         module = importlib.import_module(f"peftref.ops.{name}.triton")
         return (module.backward if half else module.forward)(*arguments)
@@ -231,6 +234,12 @@ def _register(name: str, half: int, kernels: Kernels, fake: Kernels) -> Callable
     operator.register_kernel("cuda", on_cuda)
     operator.register_fake(fake[half])
     return operator
+
+
+@functools.cache
+def _has_kernels(name: str) -> bool:
+    """Whether an op has a form for Triton; torch's own products are the best one of some."""
+    return Path(__file__).with_name(name).joinpath("triton.py").exists()
 
 
 def _nothing(ctx: object, inputs: object, output: object) -> None:

@@ -71,7 +71,7 @@ def compile_variant(variant: Variant, architecture: int) -> Usage:
     source = ASTSource(
         fn=variant.kernel,
         signature=signature,
-        constexprs=variant.constants,
+        constexprs={n: v for n, v in variant.constants.items() if n in names},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     kernel = triton.compile(

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from peftref.ops.bottleneck.reference import ACTIVATIONS
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "through_factor"]
 
 _aten = torch.ops.aten
 _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -79,7 +79,7 @@ def backward(
             found[4] = of_wide[:, width].to(up_bias.dtype, copy=True).contiguous()
     of_thin = flat @ _wide(up, up_bias, dy.dtype)
     if wanted[5] or wanted[6]:
-        found[5:] = _through_factor((of_thin * thin).sum(1), x, scale, gate)
+        found[5:] = through_factor((of_thin * thin).sum(1), x, scale, gate)
     of_hidden = _DERIVATIVES[activation](of_thin[:, :width] * factor, hidden)
     if wanted[1]:
         found[1] = (of_hidden.t() @ x.reshape(-1, x.shape[-1])).to(down.dtype)
@@ -112,7 +112,7 @@ def _factor(x: Tensor, scale: Tensor, gate: Tensor | None) -> Tensor:
     return (gate.to(x.dtype) * factor).expand(*x.shape[:-1], 1).reshape(-1, 1)
 
 
-def _through_factor(
+def through_factor(
     each: Tensor, x: Tensor, scale: Tensor, gate: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of scale and gate, from that of the factor of each row."""
