@@ -68,7 +68,7 @@ def backward(
     if _folds(flat, weight, ratio):
         weight, factor = weight * ratio[:, None], scale * ratio
     else:
-        dy, factor = scaled(dy, ratio, None, torch.empty_like(dy)), scale.expand_as(ratio)
+        dy, factor = scaled(dy, ratio, None, torch.empty_like(dy)), scale.to(ratio).expand_as(ratio)
     d_x, d_down, d_up = low_rank_backward(dy, flat, hidden, weight, (down, up), factor, wanted)
     d_bias = sums if wanted[1] else dy.new_empty(0, dtype=dtype)
     d_ratio = d_ratio if y is not None else d_bias.new_empty(0)

@@ -114,7 +114,7 @@ def backward(
         d_ratio = cpu.ratio_gradient(dots, sums, bias, ratio)
         _launch_rescue(d_ratio, dy, flat, (weight, hidden, up * scale), ratio)
     d_x, d_down, d_up = cpu.low_rank_backward(
-        scaled, flat, hidden, weight, (down, up), scale.expand_as(ratio), wanted
+        scaled, flat, hidden, weight, (down, up), scale.to(ratio).expand_as(ratio), wanted
     )
     d_bias = sums if wanted[1] else d_ratio.new_empty(0)
     return [d_x.view(x.shape) if wanted[0] else d_x, d_bias, d_down, d_up, d_ratio]
