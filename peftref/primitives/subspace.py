@@ -62,7 +62,7 @@ class Subspace(Primitive[SubspaceArguments]):
         return Algebra(keeps_zero=True)
 
     def flops(self) -> int:
-        return 6 * self.arguments.rank * self.place.d_in
+        return 4 * self.arguments.rank * self.place.d_in
 
     def bind(self, runtime: Runtime) -> Operation:
         from torch.nn.functional import linear

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from peftref.registry import primitives
 from peftref.testing.primitive_contract import Case, PrimitiveContract
 
@@ -40,6 +43,11 @@ class TestElementwise(PrimitiveContract):
 class TestRotation(PrimitiveContract):
     cases = (Case("rotation", {"block": 4}), Case("rotation", {"block": 12}),
              Case("rotation", {"block": 2}), Case("rotation", {"block": 3, "block_share": True}))
+
+
+class TestPartial(PrimitiveContract):
+    cases = (Case("sparse", {"rank": 2}), Case("sparse", {"rank": 1, "seed": 3}),
+             Case("row_scale"), Case("weight_mask"))
 
 
 class TestOtherRotations(PrimitiveContract):
@@ -124,6 +132,43 @@ class TestWeights(PrimitiveContract):
 class TestCombinators(PrimitiveContract):
     cases = (Case("sum", d_in=8, streams=3), Case("product", d_in=8, streams=2),
              Case("since_start", d_in=8, streams=2), Case("chain"))
+
+
+class TestStreams(PrimitiveContract):
+    cases = (
+        Case("self_attention", {"heads": 2, "width": 3}),
+        Case("self_attention", {"output": "normal(0.02)"}),
+        Case("subspace", {"rank": 3}),
+        Case("subspace", {"rank": 3, "orthogonal": False}),
+        Case("additive_coupling"),
+        Case("additive_coupling", {"init": "zeros", "inverse": True}),
+        Case("leading"),
+    )
+
+
+class TestStacks(PrimitiveContract):
+    cases = (Case("layer_attention"),)
+
+    @staticmethod
+    def stream(case: Case, seed: int = 0) -> Tensor:
+        """States of three layers."""
+        return torch.stack([PrimitiveContract.stream(case, seed + 10 * i) for i in range(3)])
+
+
+class TestRows(PrimitiveContract):
+    cases = (Case("lstm", {"hidden": 5}), Case("lstm", {"hidden": 4, "layers": 2}))
+
+    @staticmethod
+    def stream(case: Case, seed: int = 0) -> Tensor:
+        """Learned rows have no batch."""
+        return PrimitiveContract.stream(case, seed)[0]
+
+    def test_flops_are_at_least_those_that_torch_counts(self, case: Case) -> None:
+        """Torch counts none of a fused recurrent layer: its products are written out."""
+        h, d = int(str(case.arguments["hidden"])), case.d_in
+        layers = int(str(case.arguments.get("layers", 1)))
+        rows = [d, *[2 * h] * (layers - 1)]
+        assert case.make().flops() == sum(2 * 2 * 4 * h * (width + h) for width in rows)
 
 
 def test_none_is_left_out():
