@@ -105,6 +105,12 @@ class ExpandFunctions:
             primitive = kind(arguments, place)
         except CompositionError as error:
             raise CompositionError(f"{write.label}: {error}", mark=expression.mark) from None
+        if primitive.reads_weight and write.site.kind is not SiteKind.LINEAR:
+            raise CompositionError(
+                f"{write.label}: {expression.name!r} reads the weight of a linear module, and "
+                f"this is a {write.site.kind.value}; select linear sites",
+                mark=expression.mark,
+            )
         inputs: list[int] = [] if primitive.algebra().source else list(streams)
         for spec in primitive.tensors():
             _check_rank(spec, place, write)

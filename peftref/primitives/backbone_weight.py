@@ -26,7 +26,7 @@ class BackboneWeight(Primitive[Arguments]):
 
     def __init__(self, arguments: Arguments, place: Place) -> None:
         super().__init__(arguments, place)
-        if place.port_shape != (place.d_out, place.d_in):
+        if place.port_shape and place.port_shape != (place.d_out, place.d_in):
             raise CompositionError(
                 "backbone_weight: must be the first function at a linear, reading its input"
             )

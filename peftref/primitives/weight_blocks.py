@@ -43,8 +43,8 @@ class WeightBlocks(Primitive[WeightBlocksArguments]):
 
     def __init__(self, arguments: WeightBlocksArguments, place: Place) -> None:
         super().__init__(arguments, place)
-        for width in place.port_shape:
-            if width % arguments.block or place.port_shape != (place.d_out, place.d_in):
+        for width in place.d_out, place.d_in:
+            if width % arguments.block:
                 raise CompositionError(
                     f"weight_blocks: block {arguments.block} does not divide width {width} of a "
                     "linear's weight; give a divisor of both widths"

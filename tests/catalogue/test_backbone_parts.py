@@ -305,6 +305,7 @@ def test_what_is_quantised_already_is_refused() -> None:
     ("qlora(bits=3)", "nf4 has 4 bits"),
     ("qlora(rank=2) + loftq(rank=2)", "both quantise the weight"),
     ("share(pissa, tensors=['up.*'])", "starts at values of the backbone"),
+    ("hira(site=ffn)", "reads the weight of a linear module, and this is a span"),
     ("quantize(prefix_tuning)", "edits no linear module"),
     ("quantize(qlora(rank=2))", "both quantise the weight"),
 ])
