@@ -186,7 +186,7 @@ class _Direct(torch.autograd.Function):
         ctx.save_for_backward(*saved.tensors)
         ctx.set_materialize_grads(False)
         ctx.operator, ctx.layout, ctx.constants = operator, layout, saved.constants
-        return operator.visible(results)
+        return _no_views(operator.visible(results), saved.tensors)
 
     @staticmethod
     def backward(ctx: _Context, *gradients: Tensor | None) -> tuple[Argument, ...]:
@@ -200,6 +200,20 @@ class _Direct(torch.autograd.Function):
             reads = (*ctx.saved_tensors, *gradients)
             flat = [None if g is None else _Once.apply(operator, g, *reads) for g in flat]
         return None, None, *flat
+
+
+def _no_views(results: Tensors, saved: Sequence[Tensor]) -> Tensors:
+    """The results, so that callers may add to them in place (Falcon does), as to any other.
+
+    Autograd allows that for no view made in here. What is saved stays a view: it must not change.
+    """
+    def own(result: Tensor) -> Tensor:
+        held = any(result is tensor for tensor in saved)
+        return result if held or not result._is_view() else result.data  # noqa: SLF001 - no other way
+
+    if isinstance(results, Tensor):
+        return own(results)
+    return cast("Tensors", tuple(own(result) for result in results))
 
 
 class _Once(torch.autograd.Function):
