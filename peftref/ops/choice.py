@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import StrEnum
 
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 
 from peftref.errors import PeftRefError, unknown_name
 
-__all__ = ["Form", "choose", "has_triton"]
+__all__ = ["Form", "choose", "has_triton", "plain_forms"]
 
 
 class Form(StrEnum):
@@ -43,6 +46,19 @@ FORCED = _forced()
 """Whether ``PEFTREF_OPS=reference`` was set when this module was first imported."""
 
 
+_plain: ContextVar[bool] = ContextVar("plain", default=False)
+
+
+@contextmanager
+def plain_forms() -> Iterator[None]:
+    """Within this context ops run by their definition, which can be differentiated twice."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
 def choose(x: Tensor) -> Form:
     """Return the form for an op whose first argument is ``x``.
 
@@ -53,6 +69,8 @@ def choose(x: Tensor) -> Form:
         return Form.REFERENCE
     if torch.compiler.is_compiling():
         return Form.OPERATOR
+    if _plain.get():  # a compiler is past this: it does not look into contexts
+        return Form.REFERENCE
     # vmap, grad and jvp of torch.func, and tensors of other libraries (sharded, quantised),
     # know the operations of torch, and not ours.
     if torch._C._are_functorch_transforms_active() or type(x) not in (Tensor, nn.Parameter):  # noqa: SLF001

@@ -127,11 +127,13 @@ def _gradients(value: Tensor, tensors: Tensors, *, again: bool = False) -> dict[
 
 def _curved(forward: Callable[[Batch], Tensor], batch: Batch, tensors: Tensors,
             direction: Tensors) -> dict[str, Tensor]:
-    """``H d`` as the gradient of ``<d, g>``; fused attention has no second derivative."""
+    """``H d`` as the gradient of ``<d, g>``; fused attention and ops have no second derivative."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    with sdpa_kernel(SDPBackend.MATH):
+    from peftref.ops.choice import plain_forms
+
+    with sdpa_kernel(SDPBackend.MATH), plain_forms():
         first = _gradients(forward(batch), tensors, again=True)
         terms = [(direction[name].detach() * g).sum() for name, g in first.items()]
         return _gradients(torch.stack(terms).sum(), tensors)
