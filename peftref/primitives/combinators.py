@@ -61,7 +61,9 @@ class Sum(Primitive[Arguments]):
 class Product(Primitive[Arguments]):
     """Elementwise product of *matrices*: linear in the stream, without an activation form.
 
-    LoHa: ``(B1 A1) * (B2 A2)``, Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098
+    LoHa: ``(B1 A1) * (B2 A2)``, Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098. Of
+    learned rows (sources) it is the product of the rows, as MPT's ``P * (u v^T)``, Wang et al.
+    2023, https://arxiv.org/abs/2303.02861.
     """
 
     name = "product"
@@ -71,7 +73,7 @@ class Product(Primitive[Arguments]):
 
     def combine(self, inputs: tuple[Algebra, ...]) -> Algebra:
         both = _combine(inputs, zero=any(f.zero_at_init for f in inputs))
-        return replace(both, stream=False)
+        return replace(both, stream=both.source and both.stream)
 
     def matrix_flops(self) -> int:
         return self.place.d_in * self.place.d_out

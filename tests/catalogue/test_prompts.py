@@ -1,0 +1,169 @@
+"""Prompts that are products, pruned, mixed for a sample, or gated inside attention."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import TrainerCallback
+
+import peftref
+from peftref.errors import PeftRefError
+from peftref.training.encode import Collator
+from tests.backbone.tiny import tiny
+from tests.catalogue.proof import (
+    assert_follows,
+    assert_identity,
+    assert_reached,
+    batch,
+    count,
+    initial,
+)
+from tests.catalogue.small_training import adapted, train
+from tests.parity.peft_pairs import peft_model, perturb
+from tests.training.test_trainer import ROWS
+
+D, V = 32, 97  # width and vocabulary of the tiny backbones
+CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
+
+COUNTS = {
+    ("mpt(length=5)", "bert"): 5 * D + 5 + D,
+    ("mpt(length=5, rank=3)", "llama"): 5 * D + 3 * (5 + D),
+    ("xprompt(length=5)", "bert"): 5 * D,
+    ("xprompt(length=5)", "llama"): 5 * D,
+}
+
+
+@pytest.mark.parametrize(("spec", "family"), COUNTS)
+def test_count(spec: str, family: str) -> None:
+    assert count(spec, family) == COUNTS[spec, family]
+
+
+@pytest.mark.parametrize(("spec", "exact"), [("mpt", False), ("xprompt", False)])
+def test_identity(spec: str, exact: bool) -> None:
+    assert_identity(spec, exact=exact)
+
+
+@pytest.mark.parametrize("spec", ["mpt", "mpt(rank=3)"])
+def test_every_tensor_is_reached(spec: str) -> None:
+    assert_reached(spec)
+
+
+def named(adapted: peftref.Adapted, ending: str) -> Tensor:
+    (found,) = [t for n, t in adapted.tensors().items() if n.endswith(ending)]
+    return found
+
+
+def test_initial_values() -> None:
+    assert torch.equal(initial("mpt", ".u"), torch.ones(20, dtype=torch.float64))
+    assert_follows(initial("mpt(rank=4)", "v.weight"), stats.norm(0.25, 1e-3))
+    backbone = tiny("bert", "classification", dtype=torch.float64)
+    table = backbone.get_input_embeddings().weight.detach()
+    rows = initial("mpt(length=5)", "prompt.shared").view(5, D)
+    assert all(bool((row == table).all(1).any()) for row in rows)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_mpt_is_pefts(rank: int) -> None:
+    model = tiny("llama", "causal_lm", dtype=torch.float64)
+    theirs = peft_model(copy.deepcopy(model), peft.MultitaskPromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=1, num_ranks=rank,
+        num_transformer_submodules=1)).double()
+    ours = peftref.attach(model, f"mpt(length=3, rank={rank})")
+    perturb(ours, 1.0)
+    encoder = theirs.prompt_encoder["default"]
+    pairs = {"shared": encoder.embedding.weight, "u": encoder.prefix_task_cols,
+             "v.weight": encoder.prefix_task_rows}
+    with torch.no_grad():
+        for name, parameter in pairs.items():
+            value = named(ours, f"prompt.{name}")
+            parameter.copy_(value.t() if name == "v.weight" else value)
+    rows = {**batch("llama"), "labels": batch("llama")["input_ids"]}
+    mine = model(**rows)
+    other = theirs(**rows, task_ids=torch.zeros(2, dtype=torch.long))
+    torch.testing.assert_close(mine.logits, other.logits[:, 3:], **CLOSE)
+    found = torch.autograd.grad(mine.loss, [named(ours, f"prompt.{n}") for n in pairs])
+    expected = torch.autograd.grad(other.loss, list(pairs.values()))
+    for name, gradient, reference in zip(pairs, found, expected, strict=True):
+        gradient = gradient.t() if name == "v.weight" else gradient
+        torch.testing.assert_close(gradient, reference.view(gradient.shape), **CLOSE)
+
+
+# --- XPrompt ---------------------------------------------------------------------------------
+
+
+class Held(TrainerCallback):
+    """Prompt and head when the second phase begins."""
+
+    def __init__(self, made: Any) -> None:
+        self.made = made
+        self.values: dict[str, Tensor] = {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            trained = {**self.made.trainable, **self.made.head}
+            self.values = {n: t.detach().clone() for n, t in trained.items()}
+
+
+def importance(model: nn.Module, path: str, rows: Tensor, gates: Tensor, wide: int) -> Tensor:
+    """``mean over examples of |dL/dg|`` with ``P' = g P``, by differentiation of the gates."""
+    total = torch.zeros_like(gates)
+    for row in ROWS[:24] + ROWS[:8]:  # the four batches that are shown
+        free = gates.clone().requires_grad_()
+        values = {path: rows * free.repeat_interleave(wide, 1)}
+        loss = functional_call(model, values, kwargs=Collator(0)([row])).loss
+        total += torch.autograd.grad(loss, free)[0].abs() / 32
+    return total
+
+
+def test_xprompt_prunes_tokens_then_pieces_of_those_left(tmp_path: Path) -> None:
+    spec = "xprompt(length=6, tokens=0.5, pieces=4, keep=0.5)"
+    made = adapted(spec)
+    held = Held(made)
+    train(spec, tmp_path, made=made, steps=6, learning_rate=0.1, callbacks=(held,))
+    ((name, end),) = made.trainable.items()
+    end, start = end.detach().clone(), held.values[name]
+    first, second = (named(made, f"tokens_mask{n}").clone() for n in ("", "_2"))
+    with torch.no_grad():
+        for each in ("", "_2"):
+            named(made, f"tokens_mask{each}").fill_(1)
+        for key, parameter in made.head.items():
+            parameter.copy_(held.values[key])
+    made.model.eval()
+    (path,) = [n for n, p in made.model.named_parameters() if p is made.trainable[name]]
+    scores = importance(made.model, path, start, torch.ones(6, 1), D)
+    kept = scores[:, 0].topk(3).indices
+    assert torch.equal(first.mean(1).nonzero()[:, 0], kept.sort().values)
+    scores = importance(made.model, path, start, first[:, :: D // 4].clone(), D // 4)[kept]
+    found = second.view(6, 4, D // 4)
+    assert set(found.unique().tolist()) == {0.0, 1.0}
+    chosen = found.mean(-1)[kept]
+    assert int(chosen.sum()) == 6
+    assert scores[chosen == 1].min() > scores[chosen == 0].max()
+    cut = first * second == 0
+    assert torch.equal(start[cut], end[cut])  # retraining goes on from the end of the first phase
+    assert bool((start[~cut] != end[~cut]).all())
+
+
+def test_xprompt_resumes_the_same(tmp_path: Path) -> None:
+    spec = "xprompt(length=6, pieces=4)"
+    usual: dict[str, Any] = {"steps": 6, "learning_rate": 1e-2}
+    through = train(spec, tmp_path / "a", **usual)
+    train(spec, tmp_path / "b", save_strategy="steps", save_steps=2, **usual)
+    for late in (4, 6):
+        (tmp_path / "b" / f"checkpoint-{late}" / "trainer_state.json").unlink()
+    resumed = train(spec, tmp_path / "b", resume=True, **usual)
+    for name, tensor in through.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def test_pieces_must_divide_the_rows(tmp_path: Path) -> None:
+    with pytest.raises(PeftRefError, match="5 pieces do not divide"):
+        train("xprompt(length=4, pieces=5)", tmp_path, steps=4)
