@@ -88,16 +88,14 @@ class Rotation(Primitive[RotationArguments]):
         b = self.arguments.block
         entries = entries.expand(self.blocks, -1)
         rows, columns = torch.triu_indices(b, b, 1, device=entries.device)
-        skew = entries.new_zeros(self.blocks, b, b, dtype=torch.promote_types(
-            entries.dtype, torch.float32))
-        skew = skew.index_put(
-            (torch.arange(self.blocks, device=entries.device)[:, None], rows, columns),
-            entries.to(skew.dtype),
-        )
-        skew = skew - skew.mT
-        eye = torch.eye(b, dtype=skew.dtype, device=skew.device)
-        # (I - Q)(I + Q)^-1 as a solve from the right; both factors commute.
-        return torch.linalg.solve(eye + skew, eye - skew).to(entries.dtype)
+        wide = entries.to(torch.promote_types(entries.dtype, torch.float32))
+        upper = wide.new_zeros(self.blocks, b * b).index_copy(1, rows * b + columns, wide)
+        upper = upper.unflatten(1, (b, b))
+        eye = torch.eye(b, dtype=wide.dtype, device=wide.device)
+        # (I - Q)(I + Q)^-1 = 2 (I + Q)^-1 - I, whose gradient is two products and no solve. It
+        # always exists, so nothing is checked: a check would wait for the GPU.
+        inverse = torch.linalg.inv_ex(eye + upper - upper.mT).inverse
+        return (2 * inverse - eye).to(entries.dtype)
 
     def bind(self, runtime: Runtime) -> Operation:
         import torch
