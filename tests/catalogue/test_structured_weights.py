@@ -228,6 +228,27 @@ def test_share_lora(share: str, expected: int) -> None:
     assert shared == ({"down", "up"} if share == "both" else {share})
 
 
+def test_poly_mixes_skills_before_they_are_multiplied() -> None:
+    """``B = sum_s w_s B_s``, ``A`` likewise, ``w`` the sigmoids of the logits over their sum."""
+
+    def poly(w: Tensor, t: Tensors) -> Tensor:
+        weights = t["mix.logits"].sigmoid() / t["mix.logits"].sigmoid().sum()
+        down, up = ((weights[:, None, None] * t[n]).sum(0) for n in ("down.weight", "up.weight"))
+        return w + up @ down / 4
+
+    expression = "poly(rank=4, skills=3)"
+    assert count(expression) == 4 * (3 * 4 * 64 + 3)
+    assert_identity(expression)
+    assert_reached(expression)
+    assert_known_weights(attach(expression), poly)
+    assert_follows(initial("poly(skills=64)", "logits"), stats.uniform(-1e-3, 2e-3))
+    adapted = attach(expression)
+    adapted.model.train()
+    torch.manual_seed(0)
+    first, second = (logits(adapted.model, batch()) for _ in range(2))
+    assert (first - second).abs().max() > 1e-6  # drawn anew in each forward of training
+
+
 def test_first_values() -> None:
     limit = 1 / math.sqrt(32)
     assert_follows(initial("lora_fa(rank=16)", "down.weight"), stats.uniform(-limit, 2 * limit))
