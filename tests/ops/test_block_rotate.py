@@ -12,7 +12,7 @@ from peftref.ops.block_rotate.op import OPERATOR, block_rotate
 from tests.ops.agreement import assert_forms_agree, assert_gradients, assert_registered
 
 
-def _arguments(
+def arguments(
     leading: list[int], blocks: int, block: int, *, orthogonal: bool
 ) -> tuple[Tensor, Tensor, bool]:
     x = torch.randn(*leading, blocks * block, requires_grad=True)
@@ -28,25 +28,25 @@ def _arguments(
 )
 def test_all_forms_agree(leading: list[int], blocks: int, block: int, orthogonal: bool) -> None:
     """Orthogonal ones recover their input."""
-    arguments = _arguments(leading, blocks, block, orthogonal=orthogonal)
-    assert_forms_agree(OPERATOR, arguments, 1e-5)
+    drawn = arguments(leading, blocks, block, orthogonal=orthogonal)
+    assert_forms_agree(OPERATOR, drawn, 1e-5)
 
 
 @pytest.mark.parametrize("orthogonal", [True, False])
 def test_gradients(orthogonal: bool) -> None:
-    x, rotation, recover = _arguments([4], 2, 3, orthogonal=orthogonal)
+    x, rotation, recover = arguments([4], 2, 3, orthogonal=orthogonal)
     if orthogonal:
         rotation = torch.linalg.qr(rotation.detach().double())[0].requires_grad_()
     assert_gradients(OPERATOR, (x, rotation, recover))
 
 
 def test_registered() -> None:
-    assert_registered(OPERATOR, _arguments([2, 4], 2, 3, orthogonal=True))
+    assert_registered(OPERATOR, arguments([2, 4], 2, 3, orthogonal=True))
 
 
 @pytest.mark.parametrize("recover", [True, False])
 def test_it_keeps_one_stream(recover: bool) -> None:
-    x, rotation, _ = _arguments([4], 2, 3, orthogonal=True)
+    x, rotation, _ = arguments([4], 2, 3, orthogonal=True)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda _: x):
         y = block_rotate(x, rotation, recover=recover)

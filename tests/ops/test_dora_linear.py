@@ -13,7 +13,7 @@ from peftref.ops.dora_linear.op import OPERATOR, dora_linear
 from tests.ops.agreement import assert_forms_agree, assert_gradients, assert_registered, run
 
 
-def _arguments(
+def arguments(
     shape: tuple[int, ...], d_out: int = 5, rank: int = 3, *, bias: bool = True
 ) -> list[Tensor | None]:
     d_in = shape[-1]
@@ -33,29 +33,29 @@ def _arguments(
 )
 def test_all_forms_agree(shape: list[int], d_out: int, rank: int, bias: bool) -> None:
     """Wide streams take the weight scaled, short ones the stream."""
-    assert_forms_agree(OPERATOR, _arguments(tuple(shape), d_out, rank, bias=bias), 2e-5)
+    assert_forms_agree(OPERATOR, arguments(tuple(shape), d_out, rank, bias=bias), 2e-5)
 
 
 def test_gradients() -> None:
-    assert_gradients(OPERATOR, _arguments((4, 7)))
-    assert_gradients(OPERATOR, _arguments((2, 7)))
+    assert_gradients(OPERATOR, arguments((4, 7)))
+    assert_gradients(OPERATOR, arguments((2, 7)))
 
 
 def test_registered() -> None:
-    assert_registered(OPERATOR, _arguments((4, 7)))
+    assert_registered(OPERATOR, arguments((4, 7)))
 
 
 @pytest.mark.parametrize("rows", [2, 40])
 def test_a_ratio_near_zero(rows: int) -> None:
     """What was scaled by nothing cannot be divided out, and still has its gradient."""
-    arguments = _arguments((rows, 7))
+    drawn = arguments((rows, 7))
     ratio = torch.tensor([1.0, 0.0, 1e-6, -1.0, -1e-9], requires_grad=True)
-    assert_forms_agree(OPERATOR, [*arguments[:-1], ratio], 2e-5)
+    assert_forms_agree(OPERATOR, [*drawn[:-1], ratio], 2e-5)
 
 
 def test_a_ratio_is_not_rounded_to_the_stream() -> None:
     """A step of the magnitude far below bfloat16's is seen in the output."""
-    x, weight, _, down, up, scale, _ = _arguments((64, 32), 2000)
+    x, weight, _, down, up, scale, _ = arguments((64, 32), 2000)
     assert x is not None
     assert weight is not None
     ratio = torch.full((2000,), 1.3)
@@ -69,7 +69,7 @@ def test_a_ratio_is_not_rounded_to_the_stream() -> None:
 
 
 def test_autocast_keeps_trained_tensors_wide() -> None:
-    x, weight, bias, down, up, scale, ratio = _arguments((3, 9, 8))
+    x, weight, bias, down, up, scale, ratio = arguments((3, 9, 8))
     with torch.autocast("cpu", torch.bfloat16):
         mine = run(dora_linear, [x, weight, bias, down, up, scale, ratio])
         plain = run(OPERATOR.reference, [x, weight, bias, down, up, scale, ratio])
@@ -83,7 +83,7 @@ def test_equals_the_formed_weight() -> None:
     """DoRA as its paper writes it: ``m (W + s B A) / ||W + s B A||``, the norm detached."""
     x, weight, bias, down, up, scale, magnitude = (
         None if t is None else t.detach().double().requires_grad_(t.requires_grad)
-        for t in _arguments((11, 8))
+        for t in arguments((11, 8))
     )
     given_tensors = [x, weight, bias, down, up, scale, magnitude]
 

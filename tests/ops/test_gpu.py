@@ -16,12 +16,30 @@ import pytest
 import torch
 from torch import Tensor
 
+from peftref.ops.block_rotate.op import OPERATOR as BLOCK_ROTATE
 from peftref.ops.bottleneck.op import OPERATOR as BOTTLENECK
+from peftref.ops.delta_rownorm.op import OPERATOR as ROWNORM
+from peftref.ops.dora_linear.op import OPERATOR as DORA
+from peftref.ops.givens.op import OPERATOR as GIVENS
+from peftref.ops.linear_cross_entropy.op import OPERATOR as CROSS_ENTROPY
 from peftref.ops.lora_linear.op import OPERATOR as LORA
 from peftref.ops.lora_linear_batched.op import OPERATOR as BATCHED
 from peftref.ops.operator import Operator
+from peftref.ops.rotated_linear.op import OPERATOR as ROTATED
+from peftref.ops.scale_shift.op import OPERATOR as SCALE_SHIFT
 from peftref.ops.seeded_dropout.op import OPERATOR as DROPOUT
-from tests.ops import test_bottleneck, test_lora_linear, test_lora_linear_batched
+from tests.ops import (
+    test_block_rotate,
+    test_bottleneck,
+    test_delta_rownorm,
+    test_dora_linear,
+    test_givens,
+    test_linear_cross_entropy,
+    test_lora_linear,
+    test_lora_linear_batched,
+    test_rotated_linear,
+    test_scale_shift,
+)
 from tests.ops.agreement import run
 
 pytestmark = [
@@ -56,6 +74,13 @@ CASES: list[tuple[Operator[Any], Callable[[], tuple[Any, ...]]]] = [
     (BATCHED, lambda: test_lora_linear_batched.arguments(4, (70,), 96, 5, 2)),
     (BOTTLENECK, lambda: test_bottleneck.arguments("gelu", (3, 70), 96, 48)),
     (BOTTLENECK, lambda: test_bottleneck.arguments("relu", (3, 70), 96, 128, "residual")),
+    (SCALE_SHIFT, lambda: test_scale_shift.arguments([3, 70, 96], shift=True)),
+    (ROWNORM, lambda: test_delta_rownorm.arguments(96, 130, 5, known=False)),
+    (DORA, lambda: tuple(test_dora_linear.arguments((3, 70, 96), 130, 5))),
+    (BLOCK_ROTATE, lambda: test_block_rotate.arguments([3, 70], 4, 20, orthogonal=False)),
+    (ROTATED, lambda: test_rotated_linear.arguments([3, 70], 3, 32, 130)),
+    (GIVENS, lambda: test_givens.arguments([3, 70], 100, free=False)),
+    (CROSS_ENTROPY, lambda: tuple(test_linear_cross_entropy.arguments(70, 130))),
 ]
 
 

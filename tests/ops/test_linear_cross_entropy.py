@@ -14,7 +14,7 @@ from peftref.ops.linear_cross_entropy.op import OPERATOR, linear_cross_entropy
 from tests.ops.agreement import assert_forms_agree, assert_gradients, assert_registered
 
 
-def _arguments(
+def arguments(
     rows: int, classes: int, *, bias: bool = True, smoothing: float = 0.1, mean: bool = True
 ) -> list[object]:
     hidden, weight = torch.randn(rows, 6), torch.randn(classes, 6)
@@ -33,26 +33,26 @@ def _arguments(
 def test_all_forms_agree(
     rows: int, classes: int, bias: bool, smoothing: float, mean: bool
 ) -> None:
-    arguments = _arguments(rows, classes, bias=bias, smoothing=smoothing, mean=mean)
-    assert_forms_agree(OPERATOR, arguments, 2e-5)
+    drawn = arguments(rows, classes, bias=bias, smoothing=smoothing, mean=mean)
+    assert_forms_agree(OPERATOR, drawn, 2e-5)
 
 
 def test_more_chunks_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_FEWEST", 7)
     monkeypatch.setattr(cpu, "_ENTRIES", 1)
-    assert_forms_agree(OPERATOR, _arguments(40, 9), 2e-5)
+    assert_forms_agree(OPERATOR, arguments(40, 9), 2e-5)
 
 
 def test_gradients() -> None:
-    assert_gradients(OPERATOR, _arguments(5, 4))
+    assert_gradients(OPERATOR, arguments(5, 4))
 
 
 def test_registered() -> None:
-    assert_registered(OPERATOR, _arguments(5, 4))
+    assert_registered(OPERATOR, arguments(5, 4))
 
 
 def test_only_what_is_wanted_is_computed_and_kept() -> None:
-    hidden, weight, _, labels, *_ = _arguments(12, 5)
+    hidden, weight, _, labels, *_ = arguments(12, 5)
     assert isinstance(hidden, Tensor)
     assert isinstance(weight, Tensor)
     assert isinstance(labels, Tensor)

@@ -68,6 +68,7 @@ def test_a_mask_hides_tokens_and_not_the_prefix(boolean: bool) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("groups", [1, 2])
 def test_flash_kernels_on_a_gpu(groups: int) -> None:
     arguments = _arguments(2, 3, groups, 70, 5, shared=True)

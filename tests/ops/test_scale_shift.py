@@ -10,7 +10,7 @@ from peftref.ops.scale_shift.op import OPERATOR, scale_shift
 from tests.ops.agreement import assert_forms_agree, assert_gradients, assert_registered, run
 
 
-def _arguments(shape: list[int], *, shift: bool) -> tuple[torch.Tensor | None, ...]:
+def arguments(shape: list[int], *, shift: bool) -> tuple[torch.Tensor | None, ...]:
     x, scale, move = torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape[-1])
     tensors = [t.requires_grad_() for t in (x, scale, move)]
     return tensors[0], tensors[1], tensors[2] if shift else None
@@ -19,24 +19,24 @@ def _arguments(shape: list[int], *, shift: bool) -> tuple[torch.Tensor | None, .
 @settings(max_examples=20)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=3), st.booleans())
 def test_all_forms_agree(shape: list[int], shift: bool) -> None:
-    assert_forms_agree(OPERATOR, _arguments(shape, shift=shift), 1e-5)
+    assert_forms_agree(OPERATOR, arguments(shape, shift=shift), 1e-5)
 
 
 def test_more_blocks_than_one() -> None:
-    assert_forms_agree(OPERATOR, _arguments([301, 1021], shift=True), 1e-5)
+    assert_forms_agree(OPERATOR, arguments([301, 1021], shift=True), 1e-5)
 
 
 def test_gradients() -> None:
-    assert_gradients(OPERATOR, _arguments([3, 7], shift=True))
+    assert_gradients(OPERATOR, arguments([3, 7], shift=True))
 
 
 def test_registered() -> None:
-    assert_registered(OPERATOR, _arguments([3, 7], shift=True))
+    assert_registered(OPERATOR, arguments([3, 7], shift=True))
 
 
 def test_a_wide_scale_on_a_narrow_stream() -> None:
     """The scale is not rounded to the stream's type, nor are the sums for its gradient."""
-    x, scale, shift = _arguments([4, 500, 8], shift=True)
+    x, scale, shift = arguments([4, 500, 8], shift=True)
     assert x is not None
     narrow = x.detach().bfloat16().requires_grad_()
     found = run(scale_shift, (narrow, scale, shift))
