@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
-.PHONY: help demo test test-slow check lint types imports specs kernels-aot gpu-check nightly bench clean
+.PHONY: help demo test test-slow check lint types imports catalogue specs kernels-aot gpu-check nightly bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -3
@@ -55,6 +55,10 @@ types: $(VENV)/.dev
 
 imports: $(VENV)/.dev
 	$(BIN)/lint-imports --no-cache
+
+catalogue: $(VENV)/.dev
+	$(BIN)/python -m peftref.cli.facts
+	$(BIN)/python -m tests.test_examples
 
 specs: $(VENV)/.dev
 	$(BIN)/peftref check --backbone minilm $$(find specs compositions -name '*.yaml' | sort)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 import typer
 
-from peftref.cli.style import note, print_json, print_table
-from peftref.errors import SpecError
+from peftref.cli.facts import Facts, digest, known_facts, listed
+from peftref.cli.style import count, note, print_json, print_table
+from peftref.errors import SpecError, unknown_name
 from peftref.registry import Registry, couplings, primitives, procedures
 from peftref.spec.catalogue import Entry, entries
-from peftref.spec.loader import plain
-from peftref.spec.template import Template
 
 __all__ = ["command"]
 
@@ -23,6 +22,11 @@ ListedKind = Literal[
 ]
 ORDER = ("technique", "composition", "macro")
 REGISTRIES = {"primitive": primitives, "coupling": couplings, "procedure": procedures}
+
+
+COLUMNS = ("workspace", "intra_connectivity", "inter_connectivity", "parameters_adapted",
+           "sharing", "input_type", "insertion", "integration")
+FLAGS = ("mergeable", "identity", "generates", "merged", "peft", "vllm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,7 @@ class Row:
     places: tuple[str, ...]
     parameters: dict[str, object]
     path: str | None
+    derived: Facts | None = None
 
 
 def command(
@@ -43,17 +48,32 @@ def command(
         ListedKind | None,
         typer.Option(help="What to list; without it, techniques and compositions."),
     ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(help="Only entries for which all of these hold, such as "
+                     "mergeable,workspace=ffn or !identity,insertion=parallel."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for a program.")] = False,
 ) -> None:
     """List techniques and compositions, or the words that they are written with.
 
     Your own files are listed with the shipped ones: PEFTREF_CATALOGUE names their folders.
+    What the compiler derived of the shipped ones can be asked for with --where.
     """
+    conditions = _conditions(where)
     rows, broken = _catalogue_rows(kind)
-    rows += [row for name, registry in REGISTRIES.items() if kind in (name, "all")
-             for row in _registered(name, registry)]
+    rows = [row for row in rows if all(holds(row) for holds in conditions)]
+    if not conditions:
+        rows += [row for name, registry in REGISTRIES.items() if kind in (name, "all")
+                 for row in _registered(name, registry)]
     if json:
         print_json([asdict(row) for row in rows])
+    elif kind in (None, "technique", "composition"):
+        print_table(
+            ("name", "workspace", "inside", "insertion", "integration",
+             "merges", "identity", "BERT-base", "about"),
+            (_derived_cells(row) for row in rows), right=("BERT-base",),
+        )
     else:
         print_table(
             ("name", "kind", "sites or members", "parameters", "about"),
@@ -63,6 +83,63 @@ def command(
         note(f"error: {message}")
     if broken:
         raise typer.Exit(2)
+
+
+def _derived_cells(row: Row) -> tuple[str, ...]:
+    facts = row.derived or {}
+    told = [dict[str, str](part) for part in facts.get("typology", [])]
+
+    def joined(column: str) -> str:
+        return ", ".join(dict.fromkeys(part[column] for part in told))
+
+    found = facts.get("counts", {}).get("bert-base")
+    return (
+        row.name, joined("workspace"), joined("intra_connectivity"),
+        joined("insertion"), joined("integration"), _yes(facts.get("mergeable")),
+        _yes(facts.get("identity")), count(found) if isinstance(found, int) else "", row.title,
+    )
+
+
+def _yes(value: bool | None) -> str:
+    return "" if value is None else "yes" if value else "no"
+
+
+def _conditions(where: str | None) -> list[Callable[[Row], bool]]:
+    """Return the tests that ``--where`` asks for.
+
+    Raises:
+        SpecError: a name is neither a flag nor a column.
+    """
+    return [_condition(part.strip()) for part in (where or "").split(",") if part.strip()]
+
+
+def _condition(text: str) -> Callable[[Row], bool]:
+    name, equals, value = (part.strip() for part in text.removeprefix("!").partition("="))
+    wanted = not text.startswith("!")
+    if equals and name in (*COLUMNS, "procedures", "couplings", "kind"):
+        return lambda row: (value in _column(row, name)) is wanted
+    if not equals and name in FLAGS:
+        return lambda row: row.derived is not None and _flag(row.derived, name) is wanted
+    raise SpecError(
+        f"--where {text!r}: {unknown_name('property', name, (*FLAGS, *COLUMNS))}; a flag stands "
+        f"alone ({', '.join(FLAGS)}), a column has a value ({', '.join(COLUMNS)}, kind, "
+        "procedures, couplings)"
+    )
+
+
+def _column(row: Row, name: str) -> str:
+    facts = row.derived or {}
+    if name == "kind":
+        return row.kind
+    if name in ("procedures", "couplings"):
+        return ", ".join(facts.get(name, []))
+    return ", ".join(part[name] for part in facts.get("typology", []))
+
+
+def _flag(facts: Facts, name: str) -> bool:
+    if name in ("merged", "peft", "vllm"):
+        return name in facts.get("served", [])
+    return bool(facts.get(name))
 
 
 def _catalogue_rows(kind: ListedKind | None) -> tuple[list[Row], list[str]]:
@@ -81,30 +158,22 @@ def _catalogue_rows(kind: ListedKind | None) -> tuple[list[Row], list[str]]:
 
 
 def _row(entry: Entry) -> Row:
-    template = entry.template
-    body = plain(template.resolved({}))
-    reference = body.get("reference") or {}
+    facts = known_facts().get(entry.name) if entry.shipped else None
+    known = facts if facts is not None and facts["digest"] == digest(entry) else None
+    told = listed(entry) if known is None else known
     return Row(
         name=entry.name,
         kind=entry.kind,
-        title=reference.get("paper", ""),
-        url=reference.get("url"),
-        places=tuple(dict.fromkeys(_places(template, body))),
-        parameters={name: parameter.default for name, parameter in template.parameters.items()},
+        title=told["title"],
+        url=told["url"],
+        places=tuple(told["places"]),
+        parameters=told["values"],
         path=str(entry.path),
+        derived=known and {k: known[k] for k in known if k not in _OWN},
     )
 
 
-def _places(template: Template, body: dict[str, list[dict[str, object]]]) -> Iterator[str]:
-    if template.kind == "composition":
-        for member in body.get("members", []):
-            yield str(member.get("use", ""))
-    for module in body.get("modules", []):
-        site = module.get("site")
-        if isinstance(site, dict):
-            port = site.get("port", "output")
-            text = str(site.get("select") or site.get("module"))
-            yield text if port == "output" else f"{text}.{port}"
+_OWN = ("digest", "kind", "title", "url", "places", "values")
 
 
 def _registered(kind: str, registry: Registry[type]) -> Iterator[Row]:

@@ -66,6 +66,7 @@ def json_schema(
     integration = definitions["Integration"]
     kinds = definitions["IntegrationKind"]
     definitions["Integration"] = {"anyOf": [kinds, integration]}
+    definitions["Positions"] = {"anyOf": [{"const": "special"}, definitions["Positions"]]}
     definitions["Parameter"] = Parameter.model_json_schema()
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
