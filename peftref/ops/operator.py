@@ -29,7 +29,7 @@ from peftref.ops.choice import Form, choose, has_triton
 if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx
 
-__all__ = ["Argument", "Kernels", "Needs", "Operator", "Rule", "Saved"]
+__all__ = ["Argument", "Kernels", "Needs", "Operator", "Rule", "Saved", "refuse_twice"]
 
 Argument = Tensor | None | int | float | bool | str | Sequence[Tensor] | Sequence[bool]
 Tensors = Tensor | Sequence[Tensor]
@@ -159,13 +159,11 @@ class Operator(Generic[R]):
         return self.rule.gradients(needs, saved, gradients, backward)
 
     def _refuse(self, *_: object) -> None:
-        raise TrainingError(
-            f"op {self.name}: its gradient cannot be differentiated again; set the environment "
-            "variable PEFTREF_OPS=reference before the start for the plain form, which can"
-        )
+        raise _no_second(self.name)
 
 
 class _Context(torch.autograd.function.FunctionCtx):
+    name: str
     operator: Operator[Tensors]
     layout: tuple[int, ...]
     constants: tuple[object, ...]
@@ -197,9 +195,18 @@ class _Direct(torch.autograd.Function):
             found = operator._gradients(needs, saved, gradients, operator.kernels.backward)  # noqa: SLF001 - same file
         flat = _flat(found)
         if torch.is_grad_enabled():
-            reads = (*ctx.saved_tensors, *gradients)
-            flat = [None if g is None else _Once.apply(operator, g, *reads) for g in flat]
+            held = cast("list[Tensor | None]", flat)
+            return None, None, *refuse_twice(
+                operator.name, held, (*ctx.saved_tensors, *gradients)
+            )
         return None, None, *flat
+
+
+def refuse_twice(
+    name: str, found: Sequence[Tensor | None], reads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients that say so when they are differentiated by what they were made of."""
+    return [None if g is None else _Once.apply(name, g, *reads) for g in found]
 
 
 def _no_views(results: Tensors, saved: Sequence[Tensor]) -> Tensors:
@@ -220,13 +227,20 @@ class _Once(torch.autograd.Function):
     """A gradient that cannot be differentiated again by what it was made of, and says so."""
 
     @staticmethod
-    def forward(ctx: _Context, operator: Operator[Tensors], gradient: Tensor, *_: Tensor) -> Tensor:
-        ctx.operator = operator
+    def forward(ctx: _Context, name: str, gradient: Tensor, *_: Tensor) -> Tensor:
+        ctx.name = name
         return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx: _Context, *_: Tensor) -> None:
-        ctx.operator._refuse()  # noqa: SLF001 - same file
+        raise _no_second(ctx.name)
+
+
+def _no_second(name: str) -> TrainingError:
+    return TrainingError(
+        f"op {name}: its gradient cannot be differentiated again; set the environment variable "
+        "PEFTREF_OPS=reference before the start for the plain form, which can"
+    )
 
 
 def _register(name: str, half: int, kernels: Kernels, fake: Kernels) -> Callable[..., Tensors]:

@@ -95,6 +95,28 @@ def test_vector_jacobian_of_a_trained_weight() -> None:
     torch.testing.assert_close(run(lora_linears, given_arguments), plain)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("frozen", ["", "x", "down", "up", "x bias down"])
+def test_the_short_path_of_one_target(p: float, frozen: str) -> None:
+    """One target with a constant scale runs through fewer calls, to the same end."""
+    x, weights, biases, downs, ups, _, _, _ = arguments(1, (3, 50), 12)
+    named = {"x": x, "bias": biases[0], "down": downs[0], "up": ups[0]}
+    for name in frozen.split():
+        named[name] = named[name].detach()
+    x, bias, down, up = named.values()
+    scale, seed = torch.tensor(0.7), draw_seed(x) if p else None
+
+    def plain(*given: Any) -> Tensor:
+        (y,) = definition(x, weights, [bias], [down], [up], [scale], p, seed)
+        return y
+
+    given_arguments = (x, weights[0], bias, down, up, scale, p, seed)
+    torch.testing.assert_close(run(lora_linear, given_arguments), run(plain, given_arguments))
+    y = lora_linear(*given_arguments)
+    y += 1  # some models add to the result of a linear in place
+    torch.testing.assert_close(y - 1, plain())
+
+
 def test_saves_no_mask() -> None:
     """Dropout keeps its seed, two numbers."""
     sizes: list[int] = []
@@ -159,9 +181,11 @@ def test_bfloat16_backbone_with_float32_adapters() -> None:
 def test_a_second_derivative_is_refused() -> None:
     x, weights, biases, downs, ups, scales, _, _ = arguments(1)
     (y,) = lora_linears(x, weights, biases, downs, ups, scales)
-    (gradient,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
-    with pytest.raises(TrainingError, match=r"lora_linear.*PEFTREF_OPS=reference"):
-        gradient.sum().backward()
+    alone = lora_linear(x, weights[0], None, downs[0], ups[0], torch.tensor(1.0))
+    for result in (y, alone):
+        (gradient,) = torch.autograd.grad(result.pow(2).sum(), x, create_graph=True)
+        with pytest.raises(TrainingError, match=r"lora_linear.*PEFTREF_OPS=reference"):
+            gradient.sum().backward()
 
 
 def test_transforms_of_functions() -> None:

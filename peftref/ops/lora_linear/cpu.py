@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from peftref.ops.seed import blocks
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "dropped_product", "forward", "through_dropout"]
 
 
 def forward(
@@ -31,7 +31,7 @@ def forward(
     """The outputs, then ``A dropout(x)`` of all targets (rows, sum of ranks)."""
     flat = x.reshape(-1, x.shape[-1])
     down = _stacked(downs, x.dtype)
-    hidden = flat @ down.t() if seed is None else _dropped_product(flat, down, p, seed)
+    hidden = flat @ down.t() if seed is None else dropped_product(flat, down, p, seed)
     outputs: list[Tensor] = []
     for i, part in enumerate(_parts(hidden, downs)):
         y = linear(flat, weights[i], biases[i] if biases else None)
@@ -116,7 +116,7 @@ def _through_down(
     down = _stacked(downs, d_hidden.dtype)
     rows = None if x is None else x.reshape(-1, down.shape[1])
     if seed is not None:
-        d_down = _through_dropout(d_x, rows, d_hidden.mul_(1 / (1 - p)), down, p, seed)
+        d_down = through_dropout(d_x, rows, d_hidden.mul_(1 / (1 - p)), down, p, seed)
     else:
         if d_x.numel():
             d_x.addmm_(d_hidden, down)
@@ -129,7 +129,7 @@ def _through_down(
     return [part.to(down.dtype, copy=True) for part, down in zip(parts, downs, strict=True)]
 
 
-def _dropped_product(x: Tensor, down: Tensor, p: float, seed: Tensor) -> Tensor:
+def dropped_product(x: Tensor, down: Tensor, p: float, seed: Tensor) -> Tensor:
     """``dropout(x) A^T``."""
     hidden = x.new_empty(x.shape[0], down.shape[0])
     for start, stop, mask, room in blocks(seed, *x.shape, p=p, dtype=x.dtype):
@@ -138,7 +138,7 @@ def _dropped_product(x: Tensor, down: Tensor, p: float, seed: Tensor) -> Tensor:
     return hidden.mul_(1 / (1 - p))
 
 
-def _through_dropout(
+def through_dropout(
     d_x: Tensor, x: Tensor | None, d_hidden: Tensor, down: Tensor, p: float, seed: Tensor
 ) -> Tensor | None:
     """``d_x += keep * (dH A)``, and ``dH^T (keep * x)``."""

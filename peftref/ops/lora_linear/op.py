@@ -7,7 +7,9 @@ from typing import cast
 
 from torch import Tensor
 
+from peftref.ops.choice import Form, choose
 from peftref.ops.lora_linear import cpu, reference
+from peftref.ops.lora_linear.eager import Single, suits
 from peftref.ops.operator import Kernels, Needs, Operator, Rule, Saved
 from peftref.ops.precision import autocast
 from peftref.ops.seed import draw_seed
@@ -26,6 +28,12 @@ def lora_linear(
     seed: Tensor | None = None,
 ) -> Tensor:
     """``y = W x + b + B (s * A dropout(x))``; see ``lora_linears``."""
+    if choose(x) is Form.DIRECT and suits(x, weight, down, up, scale):
+        if p == 0:
+            seed = None
+        elif seed is None:
+            seed = draw_seed(x)
+        return Single.apply(x, weight, bias, down, up, scale.item(), p, seed)
     biases = [] if bias is None else [bias]
     return lora_linears(x, [weight], biases, [down], [up], [scale], p, seed)[0]
 
