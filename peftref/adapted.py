@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftref.artifact import tensors_for
 from peftref.errors import ArtifactError, BackboneError, TrainingError
 from peftref.exporting import export_peft, save
 from peftref.ir.plan import Plan, PlannedTensor
-from peftref.lowering.attach import Attachment, detach_plan, refresh, root_state
+from peftref.lowering.activity import aside, disabled
+from peftref.lowering.attach import Attachment, detach_plan, root_state
 from peftref.lowering.merge import merge_modules, unmerge_modules
 from peftref.lowering.prefix import interface_name
 from peftref.lowering.root import RootState
@@ -148,6 +150,10 @@ class Adapted:
                 if name in state:
                     tensor.copy_(state[name])
         self._prepared = set(range(len(self.procedures)))
+
+    def stored(self, path: str, member: str) -> Mapping[str, Tensor]:
+        """What an artifact holds for a member, by the names that its tensors have here."""
+        return tensors_for(self.plan, member, path)
 
     def load_head(self, head: Mapping[str, Tensor]) -> None:
         """Take task-head tensors back.
@@ -284,26 +290,18 @@ class Adapted:
         merged = self.merged
         if merged:
             self.unmerge()
-        states = [state_of(module) for module in self.attached().modules.values()]
-        held = [state.adapters[self.name] for state in states]
-        before = [edits.active for edits in held]
-        carriers = [self.name in state.carriers for state in states]
-        self._activate(states, held, [False] * len(held), [False] * len(held))
         try:
-            yield self.model
+            with disabled(self.model, self.attached()):
+                yield self.model
         finally:
-            self._activate(states, held, before, carriers)
             if merged:
                 self.merge(partial=True)
 
-    def _activate(
-        self, states: list[Any], held: list[Any], active: list[bool], carriers: list[bool]
-    ) -> None:
-        for state, edits, on, carries in zip(states, held, active, carriers, strict=True):
-            edits.active = on
-            (state.carriers.add if carries else state.carriers.discard)(self.name)
-            state.changed()
-        refresh(self.model)
+    @contextmanager
+    def aside(self) -> Iterator[nn.Module]:
+        """Within this context only the members that are set aside take part (a teacher)."""
+        with aside(self.model, self.attached()):
+            yield self.model
 
     def merge(self, *, partial: bool = False, dequantize: bool = False) -> tuple[str, ...]:
         """Fold the adapter into the backbone's weights.

@@ -93,7 +93,7 @@ class ModulePlan:
         """Why the module cannot be merged as a whole; empty when it can."""
         reasons: list[str] = []
         for edit in self.edits:
-            if not edit.mergeable:
+            if not edit.mergeable and not edit.write.aside:
                 reasons.append(f"{edit.write.label}: {_why(edit)}")
         return tuple(reasons)
 
@@ -102,6 +102,8 @@ def _why(edit: EditPlan) -> str:
     algebra = edit.write.algebra
     if edit.stage in (Stage.KEYS_VALUES, Stage.TOKENS):
         return "adds rows to a sequence, which no weight can hold"
+    if edit.stage is Stage.STREAMS:
+        return "makes its layer run on two streams"
     if edit.write.positions is not None:
         return f"acts at some positions only ({edit.write.positions.key})"
     if algebra is not None and algebra.per_sample:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from peftref.backbone.site_table import Site, SiteKind
 from peftref.spec.selector import Positions
@@ -14,8 +14,12 @@ from peftref.spec.typology import InsertionForm, IntegrationKind, Port
 if TYPE_CHECKING:
     from peftref.ir.primitive import Algebra, Primitive, TensorSpec
 
-__all__ = ["Form", "FunctionNode", "Node", "OperationNode", "ReadNode", "Stage", "TensorNode",
-           "WriteNode"]
+__all__ = ["SEAM", "Form", "FunctionNode", "Node", "OperationNode", "ReadNode", "Stage", "Streams",
+           "TensorNode", "WriteNode"]
+
+
+SEAM = "norm.attention"
+"""The role that ends the first half of a layer whose norms come behind its sums."""
 
 
 class Stage(IntEnum):
@@ -31,6 +35,7 @@ class Stage(IntEnum):
     PARALLEL = 7
     OUTPUT = 8
     KEYS_VALUES = 9
+    STREAMS = 10
 
     @property
     def on_weight(self) -> bool:
@@ -88,6 +93,41 @@ class TensorNode:
 
 
 @dataclass(frozen=True, slots=True)
+class Streams:
+    """How a layer that runs on two streams is made of two functions.
+
+    ``y1 = a x1 + F(x2)``, ``y2 = b x2 + G(y1)``
+
+    Attributes:
+        layer: which function the frozen layer is; ``halves``: attention the first, the rest the
+            second.
+        scales: ``a`` and ``b``.
+        swaps: whether ``y2`` is the first stream of the next layer.
+        stack: stack of the layer.
+        index: rank among the ``count`` layers that run on these streams.
+        inversions: layers in a row whose inputs are computed back; None: as rounding allows.
+    """
+
+    layer: Literal["first", "second", "halves"]
+    scales: tuple[float, float]
+    swaps: bool
+    stack: str
+    index: int
+    count: int
+    inversions: int | None = None
+
+    @property
+    def opens(self) -> bool:
+        """Whether one stream enters."""
+        return self.index == 0
+
+    @property
+    def closes(self) -> bool:
+        """Whether one stream leaves: the mean of the two."""
+        return self.index == self.count - 1
+
+
+@dataclass(frozen=True, slots=True)
 class WriteNode:
     """The integration of one function at one site.
 
@@ -105,8 +145,11 @@ class WriteNode:
         why: what that choice was made from.
         accumulates: whether the last product of the function adds into the stream by itself.
         op: name of the op that computes the function and joins it at once; empty: none does.
+        group: name of the group of modules that read one stream and that one op computes.
         positions: the tokens at which it acts; None: all.
         gated: whether the change is scaled by a gate, ``y + g (edit(y) - y)``.
+        streams: of a layer that runs on two streams, of which this is one of the functions.
+        aside: whether it takes no part until a procedure asks for it (a teacher).
     """
 
     member: str
@@ -126,8 +169,11 @@ class WriteNode:
     why: str = ""
     accumulates: bool = False
     op: str = ""
+    group: str = ""
     positions: Positions | None = None
     gated: bool = False
+    streams: Streams | None = None
+    aside: bool = False
 
     @property
     def path(self) -> str:

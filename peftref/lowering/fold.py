@@ -80,7 +80,9 @@ class Fold:
         self.puts, self.takes = puts, takes
         self.prefix_rows = 0
         self.of_stack = [e for e in edits if e.edit.write.read is Port.HIDDEN_STATES]
-        edits = [e for e in edits if e.edit.write.read is not Port.HIDDEN_STATES]
+        self.streams = [e for e in edits if e.stage is Stage.STREAMS]
+        apart = {id(e) for e in (*self.of_stack, *self.streams)}
+        edits = [e for e in edits if id(e) not in apart]
         own = [e for e in edits if not _is_span(e)]
         self.linear = any(e.edit.write.site.kind is SiteKind.LINEAR for e in own)
         self.inputs = [e for e in own if e.stage is Stage.INPUT]
@@ -154,9 +156,13 @@ class Fold:
         """Ids from the vocabulary's size on stand for learned rows."""
         vocabulary: int = module.num_embeddings  # pyright: ignore[reportAssignmentType]
         y: Tensor = base(module, ids.clamp(max=vocabulary - 1))
-        rows = torch.cat([edit.rows_of_tokens(y) for edit in self.tokens], -2)
+        parts = [edit.rows_of_tokens(y) for edit in self.tokens]  # (l, d), or (batch, l, d)
+        batch = [ids.shape[0]] if any(part.dim() > 2 for part in parts) else []
+        rows = torch.cat([part.expand(*batch, *part.shape[-2:]) for part in parts], -2)
         virtual = (ids - vocabulary).clamp(min=0)
-        y = torch.where((ids >= vocabulary)[..., None], rows[virtual], y)
+        own = rows[torch.arange(len(ids), device=ids.device)[:, None], virtual] if batch else (
+            rows[virtual])
+        y = torch.where((ids >= vocabulary)[..., None], own, y)
         for edit in self.outputs:
             y = edit.onto(y, y)
         return y

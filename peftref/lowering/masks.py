@@ -26,6 +26,9 @@ def known_in_call(context: CallContext, guard: RootGuard, call: dict[str, Any]) 
         return
     before = context.masks
     masks = _padding(guard, call)
+    if guard.prompt:
+        stack = "encoder" if guard.encoder_decoder or guard.after else "decoder"
+        masks[f"{stack}:words"] = _words(guard, call)
     for name, positions in guard.positions.items():
         masks[name] = _chosen(guard, call, name.split(":")[0], positions)
     context.masks = masks
@@ -45,6 +48,15 @@ def _padding(guard: RootGuard, call: dict[str, Any]) -> dict[str, Tensor]:
     if isinstance(decoder, Tensor) and decoder.dim() == 2:
         masks["decoder"] = decoder
     return masks
+
+
+def _words(guard: RootGuard, call: dict[str, Any]) -> Tensor:
+    """Return the (batch, tokens) mask of real tokens that are no learned rows."""
+    ids, padding = call["input_ids"], call.get("attention_mask")
+    words = ids < guard.vocabulary
+    if isinstance(padding, Tensor) and padding.shape == ids.shape:
+        words = words & padding.bool()
+    return words
 
 
 def _chosen(

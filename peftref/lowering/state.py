@@ -15,7 +15,7 @@ from peftref.lowering.fold import Fold, Slot
 from peftref.lowering.program import BoundEdit
 from peftref.lowering.weight import dense_weight
 
-__all__ = ["CHILD", "AdapterState", "CallContext", "TensorTree", "settled"]
+__all__ = ["CHILD", "AdapterState", "CallContext", "Seam", "TensorTree", "settled"]
 
 CHILD = "peftref"
 """Name of the one child that a swapped module gets; all adapter keys lie under it."""
@@ -50,6 +50,16 @@ class TensorTree(nn.Module):
 
 
 @dataclass
+class Seam:
+    """Between the halves of a reversible layer: what to make of what the first one gave."""
+
+    function: Callable[[Tensor], Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type[Seam], tuple[()]]:
+        return Seam, ()
+
+
+@dataclass
 class CallContext:
     """What belongs to the running forward call of one model.
 
@@ -57,11 +67,22 @@ class CallContext:
         masks: padding masks by stack; None outside a call of the whole model.
         hidden: by stack, the states that have left its layers so far, its input first.
         collects: the stacks of which some edit reads them.
+        tapes: by stack, what the backward passes of its reversible layers hand down.
     """
 
     masks: dict[str, Tensor] | None = None
     hidden: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])
     collects: frozenset[str] = frozenset()
+    tapes: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @contextmanager
+    def within(self, masks: dict[str, Tensor] | None) -> Iterator[None]:
+        """Let gates see these padding masks, as in the call that they come from."""
+        before, self.masks = self.masks, masks
+        try:
+            yield
+        finally:
+            self.masks = before
 
 
 @dataclass
@@ -73,6 +94,7 @@ class AdapterEdits:
     active: bool = True
     merged: frozenset[int] = frozenset()
     scale: float = 1.0
+    aside: bool = False  # whether those that are set aside take part, instead of the others
 
 
 class AdapterState(nn.Module):
@@ -88,6 +110,8 @@ class AdapterState(nn.Module):
         self.puts: dict[str, Slot] = {}
         self.takes: Slot | None = None
         self.masked_block = False
+        self.seam: Seam | None = None  # of a layer that runs on two streams in halves
+        self.at_seam: Seam | None = None  # of the norm that is its seam
         self.collects: tuple[str, int] | None = None  # stack, and how often its layers run
         self._fold: Fold | None = None
         self._stale = True
@@ -145,7 +169,7 @@ class AdapterState(nn.Module):
             if name != only if only is not None else not held.active:
                 continue
             for index, edit in enumerate(held.edits):
-                if index not in held.merged:
+                if index not in held.merged and edit.write.aside is held.aside:
                     yield name, self._bind(name, held, index, edit)
 
     def _bind(self, name: str, held: AdapterEdits, index: int, edit: EditPlan) -> BoundEdit:

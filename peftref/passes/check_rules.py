@@ -19,14 +19,14 @@ Rule = Callable[[list[WriteNode]], Iterator[str]]
 
 @dataclass(frozen=True, slots=True)
 class CheckRules:
-    """Every rule sees the edits of one swapped module; the first violation is raised."""
+    """Every rule sees the edits of one module that run together; a violation is raised."""
 
     name: str = "check rules"
 
     def run(self, graph: AdapterGraph) -> str:
-        modules: dict[str, list[WriteNode]] = {}
+        modules: dict[tuple[str, bool], list[WriteNode]] = {}
         for _, write in graph.writes():
-            modules.setdefault(write.path, []).append(write)
+            modules.setdefault((write.path, write.aside), []).append(write)
         for writes in modules.values():
             for rule in _RULES:
                 for violation in rule(writes):
@@ -68,11 +68,6 @@ def _reads_a_stream(writes: list[WriteNode]) -> Iterator[str]:
             yield (
                 f"{write.label}: an embedding has no input stream to read; write its output "
                 "sequentially or its weight with 'delta'"
-            )
-        if write.stage is Stage.TOKENS and write.algebra is not None and write.algebra.per_sample:
-            yield (
-                f"{write.label}: a gate reads what the site reads, and an embedding reads token "
-                "ids; gate the other members"
             )
 
 
@@ -168,13 +163,6 @@ def _depends_on_tokens_alone(writes: list[WriteNode]) -> Iterator[str]:
             )
 
 
-def _prompts_have_no_gate(writes: list[WriteNode]) -> Iterator[str]:
-    """A gate reads a stream, and token ids are none."""
-    for write in writes:
-        if write.stage is Stage.TOKENS and write.algebra is not None and write.algebra.per_sample:
-            yield f"{write.label}: a prompt cannot be gated: there is no stream to read"
-
-
 _RULES: tuple[Rule, ...] = (
     _reads_a_stream,
     _one_normalisation,
@@ -185,5 +173,4 @@ _RULES: tuple[Rule, ...] = (
     _attention_takes_rows,
     _rows_may_stand_there,
     _depends_on_tokens_alone,
-    _prompts_have_no_gate,
 )

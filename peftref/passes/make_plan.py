@@ -112,7 +112,7 @@ def _respect_after(edits: list[EditPlan]) -> list[EditPlan]:
 
 
 def _commute(first: EditPlan, second: EditPlan) -> bool:
-    if first.stage in (Stage.WEIGHT_ADD, Stage.BIAS, Stage.PARALLEL):
+    if first.stage in (Stage.WEIGHT_ADD, Stage.BIAS, Stage.PARALLEL, Stage.STREAMS):
         return True
     algebras = (first.write.algebra, second.write.algebra)
     if first.stage is Stage.KEYS_VALUES:
@@ -123,7 +123,7 @@ def _commute(first: EditPlan, second: EditPlan) -> bool:
 def _properties(
     graph: AdapterGraph, modules: tuple[ModulePlan, ...], library: Library
 ) -> Properties:
-    edits = [edit for module in modules for edit in module.edits]
+    edits = [edit for module in modules for edit in module.edits if not edit.write.aside]
     blockers = tuple(reason for module in modules for reason in module.blockers)
     algebras = [edit.write.algebra for edit in edits if edit.write.algebra is not None]
     return Properties(
@@ -139,7 +139,7 @@ def _properties(
 
 def _is_identity(edit: EditPlan) -> bool:
     algebra = edit.write.algebra
-    if algebra is None or edit.stage in (Stage.KEYS_VALUES, Stage.TOKENS):
+    if algebra is None or edit.stage in (Stage.KEYS_VALUES, Stage.TOKENS, Stage.STREAMS):
         return False
     if edit.write.kind is IntegrationKind.RESCALE and edit.stage is Stage.PARALLEL:
         return False  # y * f(x) keeps y where f is one, which no algebra states
@@ -154,7 +154,7 @@ def _servable(modules: tuple[ModulePlan, ...]) -> dict[str, tuple[str, ...]]:
         f"{edit.write.label}: is no low-rank addition to the weight of a linear module"
         for module in modules
         for edit in module.edits
-        if not is_low_rank(edit) or edit.write.site.kind is SiteKind.MATRIX
+        if not is_low_rank(edit) or edit.write.aside or edit.write.site.kind is SiteKind.MATRIX
     )
     return {"merged": blockers, "peft": lora, "vllm": lora, "peftref": ()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
@@ -80,6 +81,14 @@ class Adapter(Protocol):
 
     def rest(self, names: Collection[str]) -> None:
         """Let these trained tensors have no gradient; all others have one."""
+        ...
+
+    def stored(self, path: str, member: str) -> Mapping[str, Tensor]:
+        """What an artifact holds for a member, by the names that its tensors have here."""
+        ...
+
+    def aside(self) -> AbstractContextManager[nn.Module]:
+        """Within this context only the members that are set aside take part."""
         ...
 
 

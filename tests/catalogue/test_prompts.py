@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,14 @@ from torch.func import functional_call
 from transformers import TrainerCallback
 
 import peftref
-from peftref.errors import PeftRefError
+from peftref.errors import ArtifactError, CompositionError, PeftRefError
 from peftref.training.encode import Collator
 from tests.backbone.tiny import tiny
 from tests.catalogue.proof import (
     assert_follows,
     assert_identity,
     assert_reached,
+    attach,
     batch,
     count,
     initial,
@@ -38,6 +41,8 @@ COUNTS = {
     ("mpt(length=5, rank=3)", "llama"): 5 * D + 3 * (5 + D),
     ("xprompt(length=5)", "bert"): 5 * D,
     ("xprompt(length=5)", "llama"): 5 * D,
+    ("attempt(length=5)", "bert"): 5 * D + 200 * D + 2 * D,
+    ("attempt(length=5, width=7)", "llama"): 5 * D + 2 * 7 * D + 2 * D,
 }
 
 
@@ -46,12 +51,14 @@ def test_count(spec: str, family: str) -> None:
     assert count(spec, family) == COUNTS[spec, family]
 
 
-@pytest.mark.parametrize(("spec", "exact"), [("mpt", False), ("xprompt", False)])
+@pytest.mark.parametrize(("spec", "exact"), [
+    ("mpt", False), ("xprompt", False), ("attempt", False),
+])
 def test_identity(spec: str, exact: bool) -> None:
     assert_identity(spec, exact=exact)
 
 
-@pytest.mark.parametrize("spec", ["mpt", "mpt(rank=3)"])
+@pytest.mark.parametrize("spec", ["mpt", "mpt(rank=3)", "attempt"])
 def test_every_tensor_is_reached(spec: str) -> None:
     assert_reached(spec)
 
@@ -64,6 +71,10 @@ def named(adapted: peftref.Adapted, ending: str) -> Tensor:
 def test_initial_values() -> None:
     assert torch.equal(initial("mpt", ".u"), torch.ones(20, dtype=torch.float64))
     assert_follows(initial("mpt(rank=4)", "v.weight"), stats.norm(0.25, 1e-3))
+    bound = 1 / math.sqrt(D)
+    assert_follows(initial("attempt", "attention.down.weight"), stats.uniform(-bound, 2 * bound))
+    assert_follows(initial("attempt", "attention.up.weight"), stats.uniform(-0.1, 0.2))
+    assert torch.equal(initial("attempt", "norm.weight"), torch.ones(D, dtype=torch.float64))
     backbone = tiny("bert", "classification", dtype=torch.float64)
     table = backbone.get_input_embeddings().weight.detach()
     rows = initial("mpt(length=5)", "prompt.shared").view(5, D)
@@ -167,3 +178,79 @@ def test_xprompt_resumes_the_same(tmp_path: Path) -> None:
 def test_pieces_must_divide_the_rows(tmp_path: Path) -> None:
     with pytest.raises(PeftRefError, match="5 pieces do not divide"):
         train("xprompt(length=4, pieces=5)", tmp_path, steps=4)
+
+
+# --- ATTEMPT ---------------------------------------------------------------------------------
+
+
+def instance_prompts(made: peftref.Adapted, words: Tensor, temperature: float) -> Tensor:
+    """The prompt of every row, written from the formula; ``words``: embeddings by row."""
+    t = {n.rpartition("embed_tokens.")[2]: v for n, v in made.tensors().items()}
+    rows = [t[f"{name}.prompt.tokens"] for name in ("first", "second", "target")]
+    generator = {n.removeprefix("instance_attention."): v for n, v in t.items()}
+    found: list[Tensor] = []
+    for text in words:
+        h = generator["down.weight"] @ text.max(0).values
+        h = generator["up.weight"] @ (h * torch.sigmoid(h))
+        u = (h - h.mean()) / (h.var(unbiased=False) + 1e-5).sqrt()
+        u = u * generator["norm.weight"] + generator["norm.bias"]
+        scores = torch.stack([p.max(0).values @ u / temperature for p in rows])
+        shares = scores.exp() / scores.exp().sum()
+        found.append(rows[-1] + sum((a * p for a, p in zip(shares, rows, strict=True)),
+                                    torch.zeros_like(rows[0])))
+    return torch.stack(found)
+
+
+def test_attempt_makes_a_prompt_for_every_sample() -> None:
+    made = attach("attempt(length=3, width=6, temperature=0.5)", "llama", size=0.7)
+    model, rows = made.model, batch("llama")
+    rows["attention_mask"] = torch.ones_like(rows["input_ids"])
+    found = model(**rows).logits
+    table = model.get_input_embeddings().weight
+    words = table[rows["input_ids"]].detach()
+    prompts = instance_prompts(made, words, 0.5)
+    assert (prompts[0] - prompts[1]).abs().max() > 1e-3
+    bare = tiny("llama", "causal_lm", dtype=torch.float64)
+    expected = bare(inputs_embeds=torch.cat((prompts, words), 1)).logits[:, 3:]
+    torch.testing.assert_close(found, expected, **CLOSE)
+    trained = list(made.trainable.values())
+    for ours, plain in zip(torch.autograd.grad(found.sin().sum(), trained),
+                           torch.autograd.grad(expected.sin().sum(), trained), strict=True):
+        torch.testing.assert_close(ours, plain, **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_padding_does_not_enter_the_maximum(family: str) -> None:
+    made = attach("attempt(length=3, width=6, temperature=0.5)", family, size=0.7)
+    rows = batch(family)
+    rows["attention_mask"] = torch.ones_like(rows["input_ids"])
+    rows["attention_mask"][1, -2:] = 0
+    alone = {n: v[1:, :-2] if n in ("input_ids", "attention_mask") else v[1:]
+             for n, v in rows.items()}
+    whole = made.model(**rows).logits[1:]
+    plain = made.model(**alone).logits
+    torch.testing.assert_close(whole[:, : plain.shape[1]], plain, **CLOSE)
+
+
+def test_sources_come_from_artifacts_and_stay(tmp_path: Path) -> None:
+    source = train("prompt_tuning(length=3)", tmp_path / "a", steps=2, learning_rate=0.1)
+    source.save(tmp_path / "source")
+    (rows,) = source.trainable.values()
+    spec = f"attempt(length=3, first='{tmp_path / 'source'}')"
+    made = train(spec, tmp_path / "b", steps=2, learning_rate=0.1)
+    assert torch.equal(named(made, "first.prompt.tokens"), rows)
+    made.save(tmp_path / "made")
+    shutil.rmtree(tmp_path / "source")
+    again = peftref.restore(adapted("bitfit").detach(), tmp_path / "made", check_backbone=False)
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_a_source_must_fit(tmp_path: Path) -> None:
+    attach("prompt_tuning(length=4)").save(tmp_path / "four")
+    with pytest.raises(ArtifactError, match=r"of shape \(3, 32\); found shape \(4, 32\)"):
+        attach(f"attempt(length=3, first='{tmp_path / 'four'}')")
+    with pytest.raises(CompositionError, match="unequal lengths"):
+        attach("instance_attention(prompt_tuning(length=3), prompt_tuning(length=4))")
+    with pytest.raises(CompositionError, match="at least two members"):
+        attach("instance_attention(lora, lora)")
