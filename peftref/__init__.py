@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peftref.compiler import attach, compile, restore  # noqa: A004
     from peftref.errors import PeftRefError
     from peftref.ir.plan import Plan
+    from peftref.registry import load_plugin
     from peftref.spec import load
     from peftref.training.restore import from_pretrained
     from peftref.training.trainer import trainer
@@ -29,6 +30,7 @@ _EXPORTS = {
     "compile": "peftref.compiler",
     "from_pretrained": "peftref.training.restore",
     "load": "peftref.spec",
+    "load_plugin": "peftref.registry",
     "restore": "peftref.compiler",
     "trainer": "peftref.training.trainer",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "compile",
     "from_pretrained",
     "load",
+    "load_plugin",
     "restore",
     "trainer",
 ]

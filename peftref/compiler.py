@@ -22,6 +22,7 @@ from peftref.lowering.placed import device_of
 from peftref.passes.base import Pipeline
 from peftref.passes.make_plan import make_plan
 from peftref.passes.pipelines import default_passes
+from peftref.plugins import check_plugins
 from peftref.registry import couplings, primitives, procedures
 from peftref.spec import load
 from peftref.spec.composition import CompositionSpec
@@ -191,6 +192,7 @@ def restore(
             f"{artifact.info['backbone'].get('dtype')}); in Python, restore(..., "
             "check_backbone=False) skips this check"
         )
+    check_plugins(path, artifact.info.get("plugins", ()))
     plan = compile(artifact.composition, model, sites=_stored_row(artifact))
     planned = {t.name for t in plan.tensors if t.spec.trainable or t.spec.buffer}
     odd = sorted(planned ^ set(artifact.tensors))

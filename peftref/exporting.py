@@ -19,7 +19,7 @@ from peftref.lowering.original import original_class
 from peftref.lowering.state import settled
 from peftref.lowering.swap import state_of
 from peftref.lowering.weight import is_transposed
-from peftref.registry import loaded_plugins
+from peftref.plugins import plugins_of
 
 if TYPE_CHECKING:
     from peftref.adapted import Adapted
@@ -69,7 +69,7 @@ def _info(adapted: Adapted, metadata: Mapping[str, Any]) -> dict[str, Any]:
         **({} if row is None else {"sites": row.model_dump(mode="json", exclude_none=True)}),
         "seed": adapted.seed,
         "trainable_parameters": adapted.plan.trainable_parameters,
-        "plugins": [path.name for path in loaded_plugins()],
+        "plugins": plugins_of(adapted.plan),
         "versions": {name: version(name) for name in packages if _installed(name)},
         "metadata": dict(metadata),
     }

@@ -19,13 +19,15 @@ import pkgutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
+from dataclasses import dataclass
+from importlib.metadata import entry_points, packages_distributions, version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from peftref.errors import PeftRefError, SpecError, unknown_name
 
-__all__ = ["Registry", "couplings", "load_plugin", "loaded_plugins", "primitives", "procedures"]
+__all__ = ["Origin", "Registry", "couplings", "load_plugin", "loaded_plugins", "origin",
+           "primitives", "procedures"]
 
 T = TypeVar("T")
 Entry = TypeVar("Entry")
@@ -181,5 +183,26 @@ def load_plugin(path: str | Path) -> None:
 
 
 def loaded_plugins() -> tuple[Path, ...]:
-    """Return the plugin files loaded so far, in order; an artifact records them."""
+    """Return the plugin files loaded so far, in order."""
     return tuple(_plugins)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who registered an entry: a distribution with its version, or a file with its hash."""
+
+    name: str
+    version: str
+
+
+def origin(entry: object) -> Origin | None:
+    """Return who registered a class; None for what peftref ships."""
+    owner = entry if hasattr(entry, "__qualname__") else type(entry)
+    top = owner.__module__.partition(".")[0]
+    if top == "peftref":
+        return None
+    for file, module in _plugins.items():
+        if module == owner.__module__:
+            return Origin(file.name, hashlib.sha256(file.read_bytes()).hexdigest()[:12])
+    found = packages_distributions().get(top, ())
+    return Origin(found[0], version(found[0])) if found else Origin(top, "unknown")
