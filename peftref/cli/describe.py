@@ -92,7 +92,7 @@ def _edits(plan: Plan) -> Iterator[Plain]:
             write = edit.write
             shapes = tuple(specs[name].spec.shape for name in edit.tensors)
             key = (write.member, write.module, write.site.stack, write.site.role, write.port)
-            how = (edit.stage, write.form, write.op, write.why)
+            how = (edit.stage, write.form, write.op, write.why, bool(write.group))
             groups.setdefault((*key, *how, shapes), []).append(edit)
     for edits in groups.values():
         write, own = edits[0].write, [specs[name] for name in edits[0].tensors]
@@ -106,6 +106,7 @@ def _edits(plan: Plan) -> Iterator[Plain]:
             "stage": edits[0].stage.name.lower(),
             "form": write.form.name.lower() if write.form is not None else None,
             "op": write.op or None,
+            "grouped": bool(write.group),
             "why": write.why or None,
             "mergeable": all(edit.mergeable for edit in edits),
             "tensors": {

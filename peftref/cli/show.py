@@ -195,7 +195,8 @@ def _print_forms(edits: Sequence[Mapping[str, Any]]) -> None:
     alike: dict[tuple[str, ...], list[str]] = {}
     for edit in edits:
         if edit["op"] or edit["why"]:
-            how = (edit["form"] or "", edit["op"] or "", edit["why"] or "")
+            op = f"{edit['op'] or ''}{', grouped' if edit['grouped'] else ''}"
+            how = (edit["form"] or "", op, edit["why"] or "")
             alike.setdefault((edit["module"], *how), []).append(edit["site"])
     if alike:
         print_text()

@@ -16,8 +16,9 @@ from peftref.ir.plan import Plan, PlannedTensor
 from peftref.ir.types import Stage
 from peftref.lowering.attachment import Attachment
 from peftref.lowering.fold import Slot
+from peftref.lowering.group import join_groups
 from peftref.lowering.initialise import initial_tensor
-from peftref.lowering.layers import carry_masks, collect_layers
+from peftref.lowering.layers import carry_masks, collect_layers, put_seams
 from peftref.lowering.matrix import stored_matrix
 from peftref.lowering.original import original_class
 from peftref.lowering.prefix import interface_name, register_interface
@@ -82,10 +83,12 @@ def _attach(model: nn.Module, root: RootState, attachment: Attachment, seed: int
         state_of(module).adapters[name] = AdapterEdits(module_plan.edits, sources)
         state_of(module).changed()
         state_of(module).fold(module)  # refuses what does not go with other adapters
+    join_groups(plan, attachment.modules)
     _switch_attention(model, root, attachment)
     _hide_from_save(model)
     carry_masks(model, root, attachment)
     collect_layers(model, root, attachment)
+    put_seams(model, root, attachment)
     stacks = plan.table.layers
     root.guard.after = 1 if "decoder" not in stacks else 0
     refresh(model)
@@ -342,7 +345,7 @@ def refresh(model: nn.Module) -> None:
         return
     guard = root.guard
     prompt, mask, prefix, reasons = 0, False, False, list[str]()
-    guard.positions, collects = {}, set[str]()
+    guard.positions, collects, streams = {}, set[str](), False
     for path, module in swapped_modules(model):
         for _, edit in state_of(module).bound():
             algebra = edit.edit.write.algebra
@@ -355,12 +358,14 @@ def refresh(model: nn.Module) -> None:
                 guard.positions[f"{write.site.reads_stack}:{write.positions.key}"] = write.positions
             if write.read is Port.HIDDEN_STATES:
                 collects.add(write.site.stack)
+            streams = streams or write.streams is not None
             if algebra is not None and algebra.per_sample:
                 mask = True
             if algebra is not None and algebra.mixes_tokens:
                 reasons.append(f"{edit.edit.write.member} at {path}")
     guard.prompt, guard.needs_mask, guard.prefix = prompt, mask, prefix
     guard.collects, root.context.collects = bool(collects), frozenset(collects)
+    guard.streams = streams
     guard.no_cache = (
         f"{reasons[0]} depends on all tokens of a row, which cached decoding does not see; "
         "disable it, or decode with whole forwards (use_cache=False)" if reasons else ""

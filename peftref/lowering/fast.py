@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftref.ir.types import Stage
+from peftref.lowering.group import Group, Member
 from peftref.lowering.weight import dense_weight, takes_ops
 from peftref.ops.block_rotate.op import block_rotate
 from peftref.ops.bottleneck.op import bottleneck
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FastLinear", "fast_join"]
 
+_CHILD = "peftref"  # state.CHILD, which imports this
 Join = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -55,7 +57,7 @@ class FastLinear:
         drawn = [e for e in thin if e.draws]
         self.thin = [e for e in thin if not e.draws] or drawn[:1]
         self.others = [e for e in adds if e not in self.thin]
-        self._scale = Constant(self.thin[0].scale if len(self.thin) == 1 else 1.0)
+        self.scale = Constant(self.thin[0].scale if len(self.thin) == 1 else 1.0)
         self._squares: tuple[object, Tensor] | None = None
 
     @classmethod
@@ -80,10 +82,14 @@ class FastLinear:
         for edit in self.rotations if self.thin else self.rotations[:-1]:
             known = edit.edit.write.op == "rotated_linear"
             x = block_rotate(x, edit.operand()) if known else edit.stream(x)
+        if self.only_thin and (group := state_group(module)) is not None:
+            found = self._grouped(group, module, x, bias)
+            if found is not None:
+                return found
         if not self.thin:
             return rotated_linear(x, self.rotations[-1].operand(), weight, bias)
-        down, up = self._factors()
-        scale = self._scale.on(x.device)
+        down, up = self.factors()
+        scale = self.scale.on(x.device)
         if self.norms:
             ratio = self._ratio(weight, down, up, scale)
             return dora_linear(x, weight, bias, down, up, scale, ratio)
@@ -94,7 +100,29 @@ class FastLinear:
             y = edit.onto(y, x)
         return y
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
+    @property
+    def only_thin(self) -> bool:
+        """Whether low-rank additions are all there is."""
+        return bool(self.thin) and not (self.norms or self.others or self.rotations)
+
+    def _grouped(
+        self, group: Group, module: nn.Module, x: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        """The result as a member of a group; None where the group does not work."""
+        found = group.take(module, x)
+        if found is not None or not group.works:
+            return found
+        members = [Member(module, self, bias)]
+        for other in group.modules:
+            if other is module or not hasattr(other, _CHILD):
+                continue
+            fold = getattr(other, _CHILD).fold(other)
+            if fold is None or fold.inputs or fold.on_weight.fast is None:
+                continue
+            members.append(Member(other, fold.on_weight.fast, fold.bias(other)))
+        return group.run(members, x) if len(members) > 1 else None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
         """``A`` and ``B`` of all low-rank additions, side by side."""
         pairs = [edit.factors() for edit in self.thin]
         if len(pairs) == 1:
@@ -137,6 +165,12 @@ class Constant:
             with torch.inference_mode(mode=False):
                 self._held[device] = torch.full((), self.value, dtype=torch.float64, device=device)
         return self._held[device]
+
+
+def state_group(module: nn.Module) -> Group | None:
+    """The group of a swapped linear."""
+    state = module._modules.get(_CHILD)
+    return None if state is None else state.__dict__.get("group")
 
 
 def fast_join(edit: BoundEdit) -> Join | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -131,3 +132,33 @@ def test_dropout_keeps_the_mean_and_no_mask():
     error = (draws.mean(0) - expected).abs()
     assert (error <= 5 * draws.std(0) / 2000**0.5).all()
     adapted.detach()
+
+
+def test_linears_that_read_one_stream_are_one_op():
+    """Query, key and value: one node of the graph; nothing waits after a call, nor in a copy."""
+    model = tiny("bert", dtype=torch.float64).eval()
+    adapted = randomise(peftref.attach(model, planned(model, f"lora(rank=2, {ALL})", ops=True)))
+    attention = model.encoder.layer[0].attention.self
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    query, key, value = attention.query(x), attention.key(x), attention.value(x)
+    nodes = {y._base.grad_fn if y._base is not None else y.grad_fn for y in (query, key, value)}
+    assert len(nodes) == 1
+    group = state_of(attention.query).group
+    assert state_of(attention.value).group is group
+    assert group._held is None
+    copied = copy.deepcopy(model).encoder.layer[0].attention.self
+    assert state_of(copied.query).group.modules == [copied.query, copied.key, copied.value]
+    torch.testing.assert_close(copied.key(x.clone()), key)
+    adapted.detach()
+
+
+def test_a_group_computes_nothing_ahead_where_the_streams_differ():
+    """Each linear sees its own input, whatever was computed for it before."""
+    model = tiny("bert", dtype=torch.float64).eval()
+    randomise(peftref.attach(model, planned(model, f"lora(rank=2, {ALL})", ops=True)))
+    attention = model.encoder.layer[0].attention.self
+    x, other = torch.randn(2, 2, 5, 32, dtype=torch.float64).unbind(0)
+    expected = attention.key(other)
+    attention.query(x)
+    torch.testing.assert_close(attention.key(other), expected, rtol=0, atol=1e-12)
+    assert not state_of(attention.query).group.works
