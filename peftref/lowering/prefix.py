@@ -20,12 +20,15 @@ from peftref.lowering.cache import Prefix, by_cache
 from peftref.lowering.disentangled import attend_with_rows
 from peftref.lowering.original import original_class
 from peftref.lowering.program import BoundEdit
+from peftref.ops.choice import FORCED
+from peftref.ops.prefix_attention.op import prefix_attention
 
 __all__ = ["Prefix", "build_prefix", "insert_prefix", "interface_name", "own_forward",
            "refuse_unused",
            "register_interface"]
 
 _PREFIX = "peftref_"
+_SDPA = "sdpa_attention_forward"
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 _FORMS: dict[str, Attention] = {"disentangled": attend_with_rows}
 
@@ -170,6 +173,11 @@ def _attend(
         # Without a mask sdpa takes the causal one as upper left, or crops the keys: both wrong
         # beside a prefix, hence a mask in full.
         key, value = key[:, :, :queries], value[:, :, :queries]
+        same = query.shape[-1] == value.shape[-1] == prefix.values.shape[-1]
+        if attention.__name__ == _SDPA and same and _takes_op(kwargs):
+            pairs = (prefix.keys, key), (prefix.values, value)
+            y = prefix_attention(query, *pairs, scale=kwargs.get("scaling"), causal=True)
+            return y.transpose(1, 2).contiguous(), None
         mask = torch.ones(queries, queries + rows, dtype=torch.bool, device=query.device)
         mask = mask.tril(rows)[None, None]
         if attention.__name__ == "eager_attention_forward":
@@ -183,6 +191,11 @@ def _attend(
         kwargs.pop("is_causal", None)
     key, value = torch.cat((keys, key), 2), torch.cat((values, value), 2)
     return attention(module, query, key, value, mask, **kwargs)
+
+
+def _takes_op(kwargs: dict[str, Any]) -> bool:
+    """Whether the op of a causal block beside a prefix computes the same."""
+    return not FORCED and not kwargs.get("dropout") and kwargs.get("position_bias") is None
 
 
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
