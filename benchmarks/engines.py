@@ -52,7 +52,7 @@ def frozen(model: PreTrainedModel, inputs: Tensor) -> Contestant:
 def full(model: PreTrainedModel, inputs: Tensor) -> Contestant:
     """Full fine-tuning; the model's weights change."""
     model.requires_grad_(True)
-    return Contestant(model, inputs, torch.optim.AdamW(model.parameters(), lr=1e-5))
+    return Contestant(model, inputs, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True))
 
 
 def ours(model: PreTrainedModel, inputs: Tensor, technique: str) -> Contestant:
@@ -61,7 +61,7 @@ def ours(model: PreTrainedModel, inputs: Tensor, technique: str) -> Contestant:
     adapted = peftref.attach(model, plan)
     adapted.handled = True
     parameters = list(adapted.trainable.values())
-    return Contestant(model, inputs, torch.optim.AdamW(parameters, lr=1e-5))
+    return Contestant(model, inputs, torch.optim.AdamW(parameters, lr=1e-5, fused=True))
 
 
 def by_peft(
@@ -73,7 +73,7 @@ def by_peft(
         return None
     adapted = peft.get_peft_model(model.train(), make(family))
     parameters = [p for p in adapted.parameters() if p.requires_grad]
-    return Contestant(adapted, inputs, torch.optim.AdamW(parameters, lr=1e-5))
+    return Contestant(adapted, inputs, torch.optim.AdamW(parameters, lr=1e-5, fused=True))
 
 
 def _lora(targets: list[str], *, dropout: float = 0.0, dora: bool = False) -> peft.LoraConfig:
