@@ -16,7 +16,8 @@ def test_two_blocks_are_one(dtype: torch.dtype) -> None:
               for i in (slice(0, 5), slice(5, 9))]
     (first, total), (second, part) = ((o.to(dtype), s) for o, s in blocks)
     out, sums = triton.joined(first, total, second, part)
-    tolerance = 4 * torch.finfo(dtype).eps
+    # A sum of the size of a score, up to 20, is rounded before it becomes an exponent.
+    tolerance = 4 * torch.finfo(dtype).eps + 40 * torch.finfo(torch.float32).eps
     torch.testing.assert_close(sums, scores.logsumexp(-1))
     right = (scores.softmax(-1) @ values).to(dtype)
     torch.testing.assert_close(out, right, rtol=tolerance, atol=tolerance)
