@@ -117,6 +117,11 @@ class Prune(Coupling[PruneArguments]):
 
     def _prunable(self, node: TensorNode) -> bool:
         spec = node.spec
+        if spec.init == "eye":
+            raise CompositionError(
+                f"prune: {spec.name!r} of {node.member} starts at identity matrices, which a mask "
+                "would cut; prune other members"
+            )
         dimensions = len(spec.shape) - (1 if spec.stacked else 0)
         whole = spec.trainable and not spec.buffer and not spec.selects
         return whole and (self.arguments.vectors or dimensions >= 2)

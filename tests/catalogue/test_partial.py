@@ -226,6 +226,7 @@ def test_groups_cover_the_tensor(granularity: Any) -> None:
 @pytest.mark.parametrize(("expression", "message"), [
     ("shira(rank=40)", "the highest rank is 16"),
     ("prune(ia3)", "no matrix to prune; vectors: true"),
+    ("prune(qgoft, criterion='random')", "starts at identity matrices"),
     ("prune(lora, criterion='first_order')", "give 'when' a phase"),
     ("prune(lora, when='later')", "when: Unknown phase 'later'"),
     ("prune(lora, criterion='er', count=4)", "density for entries"),
