@@ -26,14 +26,13 @@ from peftref.ops.tiles import HALVES, Variant, padded_rank, pointers
 __all__ = ["backward", "forward", "variants"]
 
 _WIDEST = 128
-_TILE = Tile(64, 64, 64, 4, 2)
-_WIDE = Tile(64, 64, 64, 8, 2)
-_WIDEST_TILE = Tile(32, 32, 64, 8, 2)
-"""Above widths of 16 and 64, where the smaller ones spill registers."""
+_TILE = Tile(64, 64, 64, 8, 2)
+_WIDE = Tile(32, 32, 64, 8, 2)
+"""Above a width of 64, where the other one spills registers."""
 
 
 def _tile(width: int, given: Tile | None) -> Tile:
-    return given or (_TILE if width <= 16 else _WIDE if width <= 64 else _WIDEST_TILE)
+    return given or (_TILE if width <= 64 else _WIDE)
 
 
 def forward(
