@@ -50,7 +50,8 @@ def root_class(base: type[nn.Module]) -> type[nn.Module]:
         if not torch.compiler.is_compiling():
             for check in guard.checks.values():
                 check(self)
-        if not (guard.prompt or guard.needs_mask or guard.prefix or guard.collects):
+        if not (guard.prompt or guard.needs_mask or guard.prefix or guard.collects
+                or guard.streams):
             return base.forward(self, *args, **kwargs)
         return _run(base, self, state, _by_name(base, self, args, kwargs))
 
@@ -69,6 +70,10 @@ def root_class(base: type[nn.Module]) -> type[nn.Module]:
             "or detach first"
         )
 
+    def enable_input_require_grads(self: nn.Module) -> None:
+        if _wants_input_gradients(self):
+            base.enable_input_require_grads(self)  # pyright: ignore[reportAttributeAccessIssue]
+
     members: dict[str, Any] = {
         "forward": forward,
         "peftref_base": base,
@@ -78,9 +83,21 @@ def root_class(base: type[nn.Module]) -> type[nn.Module]:
     }
     if hasattr(base, "generate"):
         members["generate"] = functools.wraps(class_generate(base))(generate)
+    if hasattr(base, "enable_input_require_grads"):
+        members["enable_input_require_grads"] = enable_input_require_grads
     cls = type(base.__name__, (SwappedRoot, base), members)
     cls.__qualname__ = base.__qualname__
     return cls
+
+
+def _wants_input_gradients(model: nn.Module) -> bool:
+    """Whether checkpoints, if there are any, need a gradient of their input.
+
+    Others do not, and with it every layer below the lowest edit would be run backward.
+    """
+    calls = (getattr(m, "_gradient_checkpointing_func", None) for m in model.modules())
+    kinds = [call.keywords for call in calls if isinstance(call, functools.partial)]
+    return not kinds or any(kind.get("use_reentrant", True) for kind in kinds)
 
 
 def _run(
@@ -88,6 +105,11 @@ def _run(
 ) -> Any:  # noqa: ANN401 - whatever the model returns
     guard = state.guard
     cached = goes_on(call)
+    if guard.streams and _wants_states(model, call):
+        raise BackboneError(
+            "output_hidden_states: layers that run on two streams have no states of the "
+            "backbone's width; leave it out, or disable the adapter"
+        )
     if guard.no_cache and cached:
         raise BackboneError(f"a forward that goes on from a cache: {guard.no_cache}")
     ids = call.get("input_ids")
@@ -103,6 +125,12 @@ def _run(
     if guard.prompt and not cached and ids is not None:
         result = without_prompt(guard, result, ids.shape[1], padding)
     return result.to_tuple() if as_tuple else result
+
+
+def _wants_states(model: nn.Module, call: dict[str, Any]) -> bool:
+    asked = call.get("output_hidden_states")
+    config = getattr(model, "config", None)
+    return bool(getattr(config, "output_hidden_states", False) if asked is None else asked)
 
 
 def _by_name(

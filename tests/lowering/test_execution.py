@@ -161,3 +161,20 @@ def test_sharded_after_attaching():
             peftref.attach(late, "lora")
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_run_no_layer_below_the_lowest_edit_backward(reentrant: bool):
+    """Reentrant ones must: their first input has to require a gradient."""
+    model, given = make("bert")
+    last = model.config.num_hidden_layers - 1
+    adapted = randomise(peftref.attach(model, f"lora(rank=2, layers=[{last}])"))
+    adapted.handled = True
+    model.train()
+    expected = gradients(adapted, given)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    needed: list[bool] = []
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda _m, _a, y: needed.append(y.requires_grad))
+    close(gradients(adapted, given), expected, relative=1e-5)
+    assert set(needed) == {reentrant}
