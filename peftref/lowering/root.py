@@ -80,11 +80,10 @@ def root_class(base: type[nn.Module]) -> type[nn.Module]:
         "__doc__": base.__doc__,
         "__module__": base.__module__,
         "resize_token_embeddings": resize_token_embeddings,
+        "enable_input_require_grads": enable_input_require_grads,
     }
     if hasattr(base, "generate"):
         members["generate"] = functools.wraps(class_generate(base))(generate)
-    if hasattr(base, "enable_input_require_grads"):
-        members["enable_input_require_grads"] = enable_input_require_grads
     cls = type(base.__name__, (SwappedRoot, base), members)
     cls.__qualname__ = base.__qualname__
     return cls
