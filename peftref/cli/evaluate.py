@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,10 @@ def command(
         str | None,
         typer.Option(help="test, validation or train; left out: test, or a given file whole."),
     ] = None,
+    ood: Annotated[
+        str | None,
+        typer.Option(help="Data of another kind: can the model tell its rows from known ones?"),
+    ] = None,
     backbone: Annotated[
         str | None, typer.Option(help="Where the backbone is now, if it was moved.")
     ] = None,
@@ -35,9 +40,17 @@ def command(
 
     opened = open_artifact(artifact, backbone=backbone, device=device)
     found = evaluate_artifact(opened, data, split, batch_size=batch_size)
+    told = {}
+    if ood is not None:
+        from peftref.training.ood import ood_artifact
+
+        told = ood_artifact(opened, ood, data, split, batch_size=batch_size)
     if json:
-        print_json({"split": found.split, "rows": found.rows, "metrics": dict(found.metrics)})
+        print_json({"split": found.split, "rows": found.rows, "metrics": dict(found.metrics)}
+                   | ({"ood": {name: asdict(each) for name, each in told.items()}} if told else {}))
         return
     print_text(f"{found.rows} rows ({found.split})")
     for name, value in found.metrics.items():
         print_text(f"{name:10} {value:.4f}")
+    for name, each in told.items():
+        print_text(f"{name:10} told from {ood}: AUROC {each.auroc:.4f}, FPR@95 {each.fpr95:.4f}")

@@ -13,13 +13,13 @@ import torch
 from peftref.errors import ArtifactError, DataError
 from peftref.training.columns import Columns
 from peftref.training.data import Example, examples_of, load_data
-from peftref.training.encode import Collator, encode, prompt_tokens
+from peftref.training.encode import Collator, Row, encode, prompt_tokens
 from peftref.training.restore import Opened
 from peftref.training.rows import read_splits
 from peftref.training.scoring import class_scores, score_rows
 from peftref.training.settings import DataSettings
 
-__all__ = ["Evaluated", "evaluate_artifact", "predict_rows"]
+__all__ = ["Evaluated", "collator_of", "evaluate_artifact", "predict_rows", "rows_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +50,21 @@ def evaluate_artifact(
     columns, length = columns_of(opened), _max_length(opened)
     encoded = encode(examples, opened.tokenizer, columns, length)
     metrics = score_rows(
-        opened.model, encoded.rows, _collator(opened), opened.head.task, batch_size
+        opened.model, encoded.rows, collator_of(opened), opened.head.task, batch_size
     )
     return Evaluated(name, len(examples), metrics)
 
 
+def rows_of(
+    opened: Opened, source: str | None, split: str | None, *, labelled: bool = True
+) -> tuple[Row, ...]:
+    """Return data as tokens, chosen as `evaluate_artifact` does; labels need not be there."""
+    _, examples = _examples(opened, source, split, labelled=labelled)
+    return encode(examples, opened.tokenizer, columns_of(opened), _max_length(opened)).rows
+
+
 def _examples(
-    opened: Opened, source: str | None, split: str | None
+    opened: Opened, source: str | None, split: str | None, *, labelled: bool = True
 ) -> tuple[str, tuple[Example, ...]]:
     metadata = opened.artifact.metadata
     run: Mapping[str, Any] = metadata.get("run", {})
@@ -79,7 +87,8 @@ def _examples(
     name = "all" if whole else _pick(split, tables)
     if not whole and name not in tables:
         raise DataError(f"{source} has no {name} split; it has {', '.join(tables)}")
-    return name, examples_of(tables["train" if whole else name], columns, opened.head.label_names)
+    table = tables["train" if whole else name]
+    return name, examples_of(table, columns, opened.head.label_names, labelled=labelled)
 
 
 def _pick(split: str | None, known: Iterable[str]) -> str:
@@ -102,7 +111,8 @@ def _max_length(opened: Opened) -> int:
     return int(opened.artifact.metadata.get("max_length", 128))
 
 
-def _collator(opened: Opened) -> Collator:
+def collator_of(opened: Opened) -> Collator:
+    """Return what makes batches of rows for an artifact's model."""
     return Collator(
         opened.tokenizer.pad_token_id, regression=opened.head.task == "regression"
     )
@@ -156,7 +166,7 @@ def _classes(
     opened: Opened, examples: Sequence[Example], columns: Columns, batch_size: int
 ) -> Iterator[dict[str, Any]]:
     encoded = encode(examples, opened.tokenizer, columns, _max_length(opened))
-    outputs = class_scores(opened.model, encoded.rows, _collator(opened), batch_size)
+    outputs = class_scores(opened.model, encoded.rows, collator_of(opened), batch_size)
     if opened.head.task == "regression":
         yield from ({"value": float(value)} for value in outputs.reshape(-1))
         return
