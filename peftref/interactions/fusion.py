@@ -17,9 +17,9 @@ from peftref.ir.primitive import (
     Runtime,
     TensorSpec,
 )
-from peftref.ir.types import OperationNode, TensorNode, WriteNode
+from peftref.ir.types import OperationNode, ReadNode, TensorNode, WriteNode
 from peftref.registry import couplings
-from peftref.spec.typology import IntegrationKind
+from peftref.spec.typology import IntegrationKind, Port
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,9 +170,10 @@ class ScaleMembers(_OfMembers):
         def total(_: Tensor | None, *rest: Tensor) -> Tensor:
             weight = rest[-1]
             values = self._scaled(rest[:-1])
-            result = values[0] * weight[0][:, None]
+            matrices = values[0].dim() > 1  # differences of norms and biases are vectors
+            result = values[0] * (weight[0][:, None] if matrices else weight[0])
             for value, row in zip(values[1:], weight[1:], strict=True):
-                result = result + value * row[:, None]
+                result = result + value * (row[:, None] if matrices else row)
             return result
 
         return total
@@ -214,10 +215,13 @@ class Fusion(Coupling[FusionArguments]):
     def _join(self, graph: AdapterGraph, writes: list[tuple[int, WriteNode]]) -> None:
         kept, first = writes[0]
         values = tuple(graph.value(address) for address, _ in writes)
-        (read,) = graph.reads_of(kept)
+        reads = graph.reads_of(kept)
+        # A trained difference reads nothing; its place still has an input.
+        read = reads[0] if reads else graph.add(ReadNode(first.site, Port.INPUT))
         primitive = self._primitive(graph, first, tuple(w.scale or 1.0 for _, w in writes))
         tensors = tuple(
-            graph.add(TensorNode(spec, FUSION, first.module, f"{first.path}.{spec.name}"))
+            graph.add(TensorNode(
+                spec, FUSION, first.module, f"{first.path}.{first.key}.{spec.name}"))
             for spec in primitive.tensors()
         )
         fused = graph.add(OperationNode(primitive), (read, *values, *tensors))

@@ -91,10 +91,11 @@ class Mask(Coupling[MaskArguments]):
         if a.kind != "hard_concrete" and (a.penalty or a.fold):
             raise CompositionError("mask: penalty and fold go with kind hard_concrete")
         masked: set[int] = set()
+        scores: dict[str, int] = {}  # a tensor used twice at a site has one mask there
         for write_address, _ in graph.writes(members):
             for address, node in graph.tensors_of(write_address):
                 if address not in masked and self._maskable(node, members):
-                    self._mask(graph, address, node)
+                    self._mask(graph, address, node, scores)
                     masked.add(address)
         if not masked:
             raise CompositionError(f"mask: {', '.join(members)} has no tensor to mask")
@@ -112,13 +113,18 @@ class Mask(Coupling[MaskArguments]):
         enough = self.arguments.vectors or len(spec.shape) > 1
         return spec.trainable and not spec.buffer and enough
 
-    def _mask(self, graph: AdapterGraph, address: int, node: TensorNode) -> None:
+    def _mask(
+        self, graph: AdapterGraph, address: int, node: TensorNode, known: dict[str, int]
+    ) -> None:
         users = graph.users(address)
         spec = replace(
             node.spec, name=f"{node.spec.name}{SCORES}", init=self.arguments.init, share=None,
             sliced=False, selects=True, rate=self.arguments.rate,
         )
-        scores = graph.add(replace(node, spec=spec, key=f"{node.key}{SCORES}"))
+        key = f"{node.key}{SCORES}"
+        scores = known.get(key)
+        if scores is None:
+            scores = known[key] = graph.add(replace(node, spec=spec, key=key))
         product = graph.add(OperationNode(MaskBy(self.arguments)), (address, scores))
         for user in users:
             inputs = tuple(product if i == address else i for i in graph.inputs(user))
