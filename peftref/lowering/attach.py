@@ -22,6 +22,7 @@ from peftref.lowering.layers import carry_masks, collect_layers, put_seams
 from peftref.lowering.matrix import stored_matrix
 from peftref.lowering.original import original_class
 from peftref.lowering.prefix import interface_name, register_interface
+from peftref.lowering.projections import own_projections
 from peftref.lowering.root import RootState, SwappedRoot, root_class
 from peftref.lowering.state import CHILD, AdapterEdits, CallContext
 from peftref.lowering.swap import (
@@ -151,6 +152,9 @@ def _swap_module(
         argument = edit.write.site.input
         if argument is not None and argument.module == path and argument.name:
             state.argument = argument.name
+        if any(step.primitive.reads_projections for step in edit.program.steps):
+            projections = own_projections(model, attachment.plan.table, edit.write.site)
+            state.__dict__["projections"] = projections
         if _needs_carrier(edit):
             _swap_carrier(model, root, attachment, edit)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from peftref.ir.types import SEAM
 from peftref.lowering.attachment import Attachment
 from peftref.lowering.root import RootState
-from peftref.lowering.state import AdapterEdits, AdapterState
+from peftref.lowering.state import AdapterEdits, AdapterState, Seam
 from peftref.lowering.swap import state_of, swap
 from peftref.spec.typology import Port
 
-__all__ = ["carry_masks", "collect_layers"]
+__all__ = ["carry_masks", "collect_layers", "put_seams"]
 
 
 def carry_masks(model: nn.Module, root: RootState, attachment: Attachment) -> None:
@@ -46,3 +47,17 @@ def collect_layers(model: nn.Module, root: RootState, attachment: Attachment) ->
         for site in layers:
             state = _swap_layer(model, root, attachment, site.module)
             state.collects = stack, sum(layer.shared_by for layer in layers)
+
+
+def put_seams(model: nn.Module, root: RootState, attachment: Attachment) -> None:
+    """Let the norm behind attention part each layer that runs on two streams in halves."""
+    table = attachment.plan.table
+    norms = {(s.stack, s.layer): s.module for s in table if s.role == SEAM}
+    for module in attachment.plan.modules:
+        for edit in module.edits:
+            site, streams = edit.write.site, edit.write.streams
+            if streams is None or streams.layer != "halves":
+                continue
+            layer = state_of(attachment.modules[module.path])
+            norm = _swap_layer(model, root, attachment, norms[site.stack, site.layer])
+            layer.seam = norm.at_seam = layer.seam or Seam()

@@ -37,6 +37,7 @@ class RootGuard:
         vocabulary: first virtual token id.
         needs_mask: whether gates need the padding mask.
         collects: whether some edit reads the hidden states of all layers.
+        streams: whether layers run on two streams.
         positions: by stack and key, the tokens at which edits act.
         special: ids of the special tokens.
         no_cache: why ``generate`` must be refused; "" when it may run.
@@ -50,6 +51,7 @@ class RootGuard:
     vocabulary: int = 0
     needs_mask: bool = False
     collects: bool = False
+    streams: bool = False
     positions: dict[str, Positions] = field(default_factory=dict[str, Positions])
     special: tuple[int, ...] = ()
     no_cache: str = ""

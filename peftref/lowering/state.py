@@ -119,6 +119,7 @@ class AdapterState(nn.Module):
         # Nor must the module that carries this state: it is no part of its own child.
         self.__dict__["root"] = None
         self.__dict__["host"] = None
+        self.__dict__["projections"] = ()
 
     def forward(self) -> None:
         """A container; the swapped module runs its fold."""
@@ -136,6 +137,11 @@ class AdapterState(nn.Module):
     def weight(self) -> Tensor:
         """The frozen weight of the module that carries this state."""
         return dense_weight(self.__dict__["host"])
+
+    def keys_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What the frozen projections of the attention that carries this state make of rows."""
+        key, value = (project(rows) for project in self.__dict__["projections"])
+        return key, value
 
     def tree(self, adapter: str) -> TensorTree:
         """The tensors of one adapter, made on first use."""

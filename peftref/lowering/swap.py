@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftref.errors import BackboneError
 from peftref.lowering.collect import collected
 from peftref.lowering.state import CHILD, AdapterState, CallContext
+from peftref.lowering.streams import run_streams
 
 __all__ = [
     "Swapped",
@@ -40,6 +41,11 @@ class Swapped:
             # As an argument of the call, so that a checkpoint hands it to the recomputation.
             kwargs[_MASKS] = dict(state.context.masks)
         call = super().__call__  # pyright: ignore[reportAttributeAccessIssue,reportUnknownVariableType]
+        if state.at_seam is not None and state.at_seam.function is not None:
+            return state.at_seam.function(call(*args, **kwargs))
+        fold = state.fold(self)  # pyright: ignore[reportArgumentType]
+        if fold is not None and fold.streams:
+            return run_streams(self, state, fold.streams, call, args, kwargs)  # pyright: ignore[reportArgumentType]
         if state.collects is None or state.collects[0] not in state.context.collects:
             return call(*args, **kwargs)
         return collected(self, state, call, args, kwargs)  # pyright: ignore[reportArgumentType]

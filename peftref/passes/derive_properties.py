@@ -74,17 +74,24 @@ def _stage(write: WriteNode, algebra: Algebra) -> Stage:
     output            parallel, any other           PARALLEL
     output            sequential                    OUTPUT
     input             sequential                    INPUT
-    keys_values       parallel, concat              KEYS_VALUES
+    keys_values       parallel, concat or add       KEYS_VALUES
     output (tokens)   parallel, concat              TOKENS
+    output of a layer that runs on two streams      STREAMS
     ================  ============================  ====================================
     """
+    if write.streams is not None:
+        return Stage.STREAMS
     sequential = write.insertion is InsertionForm.SEQUENTIAL
     if write.port in (Port.WEIGHT, Port.BIAS):
         return _weight_stage(write, algebra, sequential=sequential)
     if write.kind is IntegrationKind.CONCAT:
         return _sequence_stage(write, algebra, sequential=sequential)
     if write.port is Port.KEYS_VALUES:
-        raise _refuse(write, "port keys_values takes integration concat")
+        apart = write.kind in (IntegrationKind.ADD, IntegrationKind.GATED_ADD)
+        if not apart or sequential or not algebra.source:
+            raise _refuse(write, "port keys_values takes learned rows ('tokens') in parallel: "
+                          "concat, or add for attention over them alone")
+        return Stage.KEYS_VALUES
     if write.kind is IntegrationKind.ROTATE:
         raise _refuse(write, "rotate acts on port weight")
     if sequential:

@@ -139,7 +139,9 @@ def _properties(
 
 def _is_identity(edit: EditPlan) -> bool:
     algebra = edit.write.algebra
-    if algebra is None or edit.stage in (Stage.KEYS_VALUES, Stage.TOKENS, Stage.STREAMS):
+    if algebra is None or edit.write.kind is IntegrationKind.CONCAT or (
+        edit.stage is Stage.STREAMS
+    ):
         return False
     if edit.write.kind is IntegrationKind.RESCALE and edit.stage is Stage.PARALLEL:
         return False  # y * f(x) keeps y where f is one, which no algebra states
