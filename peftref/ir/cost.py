@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from peftref.backbone.site_table import SiteKind, SiteTable
 from peftref.ir.edits import EditPlan, ModulePlan
+from peftref.ir.pattern import low_rank
 from peftref.ir.types import Stage
 
 __all__ = ["Cost"]
@@ -73,6 +74,20 @@ def _edit_flops(edit: EditPlan, tokens: int) -> int:
         return _forming(edit)
     if write.needs_matrix and site.kind is SiteKind.LINEAR:
         return _forming(edit) + 2 * tokens * site.d_in * site.d_out
+    if edit.stage is Stage.WEIGHT_ROTATE and site.rows is not None:
+        # The rows of a slice once more, with the change of its stream.
+        return tokens * (per_token + 2 * site.d_in * site.d_out)
+    if write.op == "bottleneck":
+        return tokens * (per_token + 2 * site.d_out)  # the bias is one more column of the product
+    if write.op == "lora_linear" and site.rows is not None:
+        # The up-projections of slices lie side by side, with zeros at the rows of the others.
+        thin = low_rank([step.primitive for step in edit.program.steps
+                         if not step.primitive.on_tensors])
+        others = site.rows.groups * site.rows.size - site.d_out
+        return tokens * (per_token + 2 * others * (thin.rank if thin is not None else 0))
+    if write.op == "rotated_linear":
+        # It turns the weight where that has fewer rows than the stream.
+        return min(tokens, site.d_out) * per_token
     return tokens * per_token
 
 
