@@ -103,6 +103,8 @@ class Place:
         hidden_size: width of the backbone's residual stream.
         port_shape: shape of the port's own tensor, for ports ``weight`` and ``bias``.
         stack: ``encoder`` or ``decoder``: whose padding mask applies.
+        heads: key-value heads of the attention that it stands at (0: it is none).
+        layers: layers of its stack.
     """
 
     d_in: int
@@ -110,6 +112,8 @@ class Place:
     hidden_size: int
     port_shape: tuple[int, ...] = ()
     stack: str = ""
+    heads: int = 0
+    layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +219,10 @@ class Runtime(Protocol):
         """The frozen weight (d_out, d_in) at the site."""
         ...
 
+    def keys_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What the frozen projections of the attention at the site make of (..., d) rows."""
+        ...
+
 
 A = TypeVar("A", bound=Arguments)
 
@@ -231,6 +239,7 @@ class Primitive(ABC, Generic[A]):
     Arguments: ClassVar[type[Arguments]] = Arguments
     on_tensors: ClassVar[bool] = False  # maps tensors to a tensor, reads no stream
     reads_weight: ClassVar[bool] = False  # asks the runtime for the frozen weight
+    reads_projections: ClassVar[bool] = False  # asks for the attention's own projections
     reads_start: ClassVar[bool] = False  # reads its input twice: trained, and as it was at first
 
     def __init__(self, arguments: A, place: Place) -> None:

@@ -160,7 +160,8 @@ def _swap_module(
 
 
 def _needs_carrier(edit: EditPlan) -> bool:
-    return edit.write.ends_a_span and edit.stage is Stage.PARALLEL
+    beside = edit.stage is Stage.PARALLEL or edit.write.looks_back
+    return edit.write.ends_a_span and beside
 
 
 def _swap_carrier(

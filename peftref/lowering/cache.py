@@ -21,12 +21,14 @@ __all__ = ["Prefix", "PrefixCache", "by_cache"]
 class Prefix:
     """Key and value rows that every query sees: (batch or 1, key-value heads, rows, width).
 
-    ``used`` turns true when an attention function or a cache has taken the rows.
+    ``used`` turns true when an attention function or a cache has taken the rows. Over the rows of
+    ``apart`` attention is taken alone, and added.
     """
 
     keys: Tensor
     values: Tensor
     used: bool = False
+    apart: Prefix | None = None
 
 
 class PrefixCache:

@@ -34,25 +34,38 @@ _FORMS: dict[str, Attention] = {"disentangled": attend_with_rows}
 
 
 def build_prefix(edits: list[BoundEdit], x: Tensor) -> Prefix:
-    """Return the rows of all prefix edits of one attention module, side by side.
+    """Return the rows of all prefix edits of one attention module, side by side of a kind.
 
     Args:
         edits: edits of port ``keys_values``; each gives (rows, 2 x heads x width), gated ones
             (batch, rows, ...).
         x: the input of attention (batch, tokens, d), read by gates.
     """
+    joined = _side_by_side([e for e in edits if not e.apart], x, like=edits[0])
+    if any(e.apart for e in edits):
+        joined.apart = _side_by_side([e for e in edits if e.apart], x, like=edits[0])
+    return joined
+
+
+def _side_by_side(edits: list[BoundEdit], x: Tensor, like: BoundEdit) -> Prefix:
     keys: list[Tensor] = []
     values: list[Tensor] = []
     for edit in edits:
         shape = edit.edit.write.site.attention
         if shape is None:
             raise TypeError(f"{edit.edit.write.label}: not an attention site")
-        rows = edit.rows_of_tokens(x)
+        rows = edit.stream(x) if edit.apart else edit.rows_of_tokens(x)
         rows = rows[None] if rows.dim() == 2 else rows
         heads, width = shape.key_value_heads, shape.head_width
         key, value = rows.split((heads * width, shape.row_width - heads * width), -1)
+        if edit.apart:
+            value = edit.gate(x) * value  # of attention that is linear in its values
         keys.append(key.unflatten(-1, (heads, -1)).transpose(1, 2))
         values.append(value.unflatten(-1, (heads, -1)).transpose(1, 2))
+    if not edits:
+        shape = like.edit.write.site.attention
+        none = x.new_empty(1, 0 if shape is None else shape.key_value_heads, 0, 1)
+        return Prefix(none, none)
     batch = max(key.shape[0] for key in keys)
     return Prefix(
         torch.cat([k.expand(batch, -1, -1, -1) for k in keys], 2),
@@ -163,6 +176,12 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     module, query, key, value, mask = call
     prefix.used = True
+    if prefix.apart is not None:
+        beside = _alone(query, prefix.apart, kwargs.get("scaling"))
+        rest = Prefix(prefix.keys, prefix.values)
+        y, scores = _attend(attention, rest, call, kwargs) if rest.keys.shape[2] else (
+            attention(module, query, key, value, mask, **kwargs))
+        return y + beside, scores
     rows, queries = prefix.keys.shape[2], query.shape[2]
     if kwargs.get("position_bias") is not None:
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (rows, 0))
@@ -191,6 +210,17 @@ def _attend(
         kwargs.pop("is_causal", None)
     key, value = torch.cat((keys, key), 2), torch.cat((values, value), 2)
     return attention(module, query, key, value, mask, **kwargs)
+
+
+def _alone(query: Tensor, rows: Prefix, scale: float | None) -> Tensor:
+    """Attention over the rows and nothing else, (batch, queries, heads, width)."""
+    groups = query.shape[1] // rows.keys.shape[1]
+    keys, values = (
+        t.to(query.dtype).repeat_interleave(groups, 1) for t in (rows.keys, rows.values))
+    scores = query @ keys.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    shares = scores.softmax(-1, dtype=wide).to(query.dtype)
+    return (shares @ values).transpose(1, 2)
 
 
 def _takes_op(kwargs: dict[str, Any]) -> bool:

@@ -77,6 +77,9 @@ class _AtSite:
     def weight(self) -> Tensor:
         return gather_rows(self._runtime.weight(), self._rows, 0)
 
+    def keys_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self._runtime.keys_values(rows)
+
 
 class BoundEdit:
     """An edit with torch forms and tensors at hand.
@@ -132,6 +135,11 @@ class BoundEdit:
             return torch.nn.functional.linear(x, self.matrix(None, x.dtype))
         value = self._run(self._stream, x, x.dtype)
         return value if self.scale == 1.0 else value * self.scale
+
+    @property
+    def apart(self) -> bool:
+        """Whether attention over these rows is a sum beside that over the sequence."""
+        return self.kind is not IntegrationKind.CONCAT
 
     @property
     def gated(self) -> bool:
@@ -264,7 +272,9 @@ class BoundEdit:
         """Join ``value`` to ``stream`` by the integration kind."""
         if self.kind in _ADDS:
             return stream + scatter_rows(value, self.rows)
-        if self.kind is IntegrationKind.RESCALE and self.edit.write.insertion.value == "parallel":
+        write = self.edit.write
+        beside = write.insertion.value == "parallel" or write.read is not write.port
+        if self.kind is IntegrationKind.RESCALE and beside:
             value = gather_rows(stream, self.rows) * value
         if self.rows is None:
             return value

@@ -10,7 +10,7 @@ from peftref.backbone.site_table import RowSlice, SiteKind
 from peftref.errors import CompositionError
 from peftref.ir.graph import AdapterGraph
 from peftref.ir.types import Stage, WriteNode
-from peftref.spec.typology import Port
+from peftref.spec.typology import IntegrationKind, Port
 
 __all__ = ["CheckRules", "overlap", "turns_slices"]
 
@@ -139,6 +139,13 @@ def _attention_takes_rows(writes: list[WriteNode]) -> Iterator[str]:
             yield (
                 f"{write.label}: this backbone does not call transformers' attention interface, "
                 "so keys and values cannot be added; use another technique than prefixes"
+            )
+        elif write.stage is Stage.KEYS_VALUES and write.kind is not IntegrationKind.CONCAT and (
+            shape is not None and not shape.calls_interface
+        ):
+            yield (
+                f"{write.label}: attention over rows alone (integration add) needs a backbone "
+                "that calls transformers' attention interface; use concat here"
             )
 
 

@@ -95,9 +95,15 @@ def _stage(write: WriteNode, algebra: Algebra) -> Stage:
     if write.kind is IntegrationKind.ROTATE:
         raise _refuse(write, "rotate acts on port weight")
     if sequential:
-        if write.kind is IntegrationKind.RESCALE and not algebra.diagonal:
-            raise _refuse(write, "a sequential rescale needs an elementwise scale ('vector')")
+        own = write.read is write.port
+        if write.kind is IntegrationKind.RESCALE and own and not algebra.diagonal:
+            raise _refuse(write, "a sequential rescale needs an elementwise scale ('vector'), or "
+                          "reads another port ('read'), whose function the stream is multiplied by")
+        if write.port is Port.INPUT and write.read is Port.BOTH:
+            raise _refuse(write, "an edit of the input reads the input or the output")
         return Stage.INPUT if write.port is Port.INPUT else Stage.OUTPUT
+    if write.read is Port.BOTH:
+        raise _refuse(write, "input and output are read by an edit of the output, in sequence")
     if write.port is Port.INPUT:
         raise _refuse(write, "nothing runs beside an input; use insertion sequential")
     if write.kind is IntegrationKind.REPLACE:

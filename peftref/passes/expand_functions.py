@@ -100,6 +100,8 @@ class ExpandFunctions:
             graph.table.hidden_size,
             _port_shape(write, graph.table.vocabulary),
             write.site.stack,
+            write.site.attention.key_value_heads if write.site.attention is not None else 0,
+            graph.table.layers.get(write.site.stack, 0),
         )
         try:
             primitive = kind(arguments, place)

@@ -143,7 +143,8 @@ def _is_identity(edit: EditPlan) -> bool:
         edit.stage is Stage.STREAMS
     ):
         return False
-    if edit.write.kind is IntegrationKind.RESCALE and edit.stage is Stage.PARALLEL:
+    beside = edit.stage is Stage.PARALLEL or edit.write.read is not edit.write.port
+    if edit.write.kind is IntegrationKind.RESCALE and beside:
         return False  # y * f(x) keeps y where f is one, which no algebra states
     if edit.write.kind.value in ("rescale", "rotate", "replace"):
         return algebra.identity_at_init

@@ -48,7 +48,7 @@ class Case:
         """Return the primitive."""
         shape = (self.d_out, self.d_in) if self.port_shape is None else self.port_shape
         kind = primitives.get(self.name)
-        place = Place(self.d_in, self.d_out, self.hidden, shape, "encoder")
+        place = Place(self.d_in, self.d_out, self.hidden, shape, "encoder", layers=2)
         return kind(kind.Arguments(**self.arguments), place)
 
     def __str__(self) -> str:
@@ -65,6 +65,9 @@ class _Still:
 
     def token_mask(self, stack: str) -> Tensor | None:
         return None
+
+    def keys_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return rows, rows
 
     def weight(self) -> Tensor:
         return weight(self.case)

@@ -21,6 +21,7 @@ from peftref.errors import ArtifactError, CompositionError, PeftRefError
 from peftref.training.encode import Collator
 from tests.backbone.tiny import tiny
 from tests.catalogue.proof import (
+    TASKS,
     assert_follows,
     assert_identity,
     assert_reached,
@@ -33,7 +34,7 @@ from tests.catalogue.small_training import adapted, train
 from tests.parity.peft_pairs import peft_model, perturb
 from tests.training.test_trainer import ROWS
 
-D, V = 32, 97  # width and vocabulary of the tiny backbones
+D, L, V = 32, 2, 97  # width, layers and vocabulary of the tiny backbones
 CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 
 COUNTS = {
@@ -41,6 +42,9 @@ COUNTS = {
     ("mpt(length=5, rank=3)", "llama"): 5 * D + 3 * (5 + D),
     ("xprompt(length=5)", "bert"): 5 * D,
     ("xprompt(length=5)", "llama"): 5 * D,
+    ("llama_adapter(length=5)", "bert"): L * (5 * D + 4),
+    ("llama_adapter(length=5)", "llama"): L * (5 * D + 2),  # two key-value heads
+    ("llama_adapter(length=5, gate=layer, layers='1:')", "llama"): 5 * D + 1,
     ("attempt(length=5)", "bert"): 5 * D + 200 * D + 2 * D,
     ("attempt(length=5, width=7)", "llama"): 5 * D + 2 * 7 * D + 2 * D,
 }
@@ -53,12 +57,13 @@ def test_count(spec: str, family: str) -> None:
 
 @pytest.mark.parametrize(("spec", "exact"), [
     ("mpt", False), ("xprompt", False), ("attempt", False),
+    ("llama_adapter", True),
 ])
 def test_identity(spec: str, exact: bool) -> None:
     assert_identity(spec, exact=exact)
 
 
-@pytest.mark.parametrize("spec", ["mpt", "mpt(rank=3)", "attempt"])
+@pytest.mark.parametrize("spec", ["mpt", "mpt(rank=3)", "attempt", "llama_adapter"])
 def test_every_tensor_is_reached(spec: str) -> None:
     assert_reached(spec)
 
@@ -71,6 +76,8 @@ def named(adapted: peftref.Adapted, ending: str) -> Tensor:
 def test_initial_values() -> None:
     assert torch.equal(initial("mpt", ".u"), torch.ones(20, dtype=torch.float64))
     assert_follows(initial("mpt(rank=4)", "v.weight"), stats.norm(0.25, 1e-3))
+    assert_follows(initial("llama_adapter", ".tokens"), stats.norm(0, 1))
+    assert not initial("llama_adapter", "gate").any()
     bound = 1 / math.sqrt(D)
     assert_follows(initial("attempt", "attention.down.weight"), stats.uniform(-bound, 2 * bound))
     assert_follows(initial("attempt", "attention.up.weight"), stats.uniform(-0.1, 0.2))
@@ -254,3 +261,94 @@ def test_a_source_must_fit(tmp_path: Path) -> None:
         attach("instance_attention(prompt_tuning(length=3), prompt_tuning(length=4))")
     with pytest.raises(CompositionError, match="at least two members"):
         attach("instance_attention(lora, lora)")
+
+
+# --- LLaMA-Adapter ---------------------------------------------------------------------------
+
+
+def test_llama_adapter_is_pefts() -> None:
+    """PEFT's gate is a number for each layer, without tanh."""
+    model = tiny("llama", "causal_lm", dtype=torch.float64, num_key_value_heads=4)
+    theirs = peft_model(copy.deepcopy(model), peft.AdaptionPromptConfig(
+        task_type="CAUSAL_LM", adapter_len=3, adapter_layers=L)).double()
+    ours = peftref.attach(model, "llama_adapter(length=3, gate=layer, squash=False)")
+    perturb(ours, 1.0)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for layer in range(L):
+        other = theirs.get_submodule(f"model.model.layers.{layer}.self_attn")
+        own = {n: t for n, t in ours.trainable.items() if f".{layer}." in n}
+        pairs += [(next(t for n, t in own.items() if n.endswith(end)), getattr(other, name))
+                  for end, name in (("tokens", "adaption_prompt"), ("gate", "adaption_gate"))]
+    with torch.no_grad():
+        for own, other in pairs:
+            other.copy_(own.view(other.shape))
+    rows = batch("llama")
+    rows["attention_mask"] = torch.ones_like(rows["input_ids"])
+    rows["attention_mask"][1, -2:] = 0
+    rows["labels"] = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)
+    mine, other = model(**rows), theirs(**rows)
+    # PEFT takes this softmax in float32.
+    close: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}
+    real = rows["attention_mask"].bool()  # padding has other positions here
+    torch.testing.assert_close(mine.logits[real], other.logits[real], **close)
+    found = torch.autograd.grad(mine.loss, [own for own, _ in pairs])
+    expected = torch.autograd.grad(other.loss, [parameter for _, parameter in pairs])
+    for gradient, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, reference.view(gradient.shape), **close)
+
+
+def attention_result(made: peftref.Adapted, rows: dict[str, Tensor]) -> Tensor:
+    """What the first layer's attention hands to its output projection."""
+    site = next(s for s in made.plan.table if s.role == "attention.output")
+    seen: list[Tensor] = []
+    module = made.model.get_submodule(site.module)
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    made.model(**rows)
+    hook.remove()
+    return seen[0].unflatten(-1, (4, -1))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_llama_adapter_is_attention_beside(family: str, implementation: str) -> None:
+    """``Attn(q, K, V) + tanh(g) softmax(q K_p^T / sqrt(w)) V_p``, beside a prefix too."""
+    model = tiny(family, TASKS[family], dtype=torch.float64)
+    model.set_attn_implementation(implementation)
+    rows = batch(family)
+    made = peftref.attach(model, "llama_adapter(length=3)", name="apart")
+    perturb(made, 0.7)
+    module = [model.get_submodule(s.module) for s in made.plan.table if s.layer == 0 and s.role in (
+        "attention.query", "attention.key", "attention.value")]
+    seen: list[Tensor] = []
+    hook = module[0].register_forward_hook(lambda _, args, y: seen.append(y))
+    found = attention_result(made, rows)
+    hook.remove()
+    prompt, gate = (next(t for n, t in made.tensors().items() if n.endswith(end))
+                    for end in ("tokens", "gate"))
+    if family == "gpt2":
+        query = seen[0][..., :D]
+        key, value = (prompt @ module[0].weight + module[0].bias).split(D, -1)[1:]
+    else:
+        query, key, value = seen[0], module[1](prompt), module[2](prompt)
+    query, key, value = (t.unflatten(-1, (4, -1)) for t in (query, key, value))
+    scores = torch.einsum("bnhw,lhw->bhnl", query, key) / math.sqrt(D // 4)
+    shares = scores.exp() / scores.exp().sum(-1, keepdim=True)
+    beside = torch.einsum("bhnl,lhw,h->bnhw", shares, value, gate.tanh())
+    with made.disabled():
+        plain = attention_result(made, rows)
+        prefix = peftref.attach(model, "prefix_tuning(length=2)")
+        perturb(prefix, 0.7)
+        with_prefix = attention_result(prefix, rows)
+    torch.testing.assert_close(found, plain + beside, **CLOSE)
+    torch.testing.assert_close(attention_result(made, rows), with_prefix + beside, **CLOSE)
+
+
+def test_attention_beside_needs_the_interface() -> None:
+    with pytest.raises(CompositionError, match="needs a backbone that calls"):
+        peftref.compile("llama_adapter", tiny("bloom", "causal_lm"))
+    with pytest.raises(CompositionError, match="as wide as the residual stream"):
+        peftref.compile({
+            "technique": "x", "modules": [{
+                "name": "x", "site": {"select": "attention", "port": "keys_values"},
+                "function": [{"tokens": {"width": 7}}, "own_keys_values"],
+                "interaction": {"insertion": "parallel", "integration": "add"}}]}, tiny("bert"))
