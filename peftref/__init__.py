@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peftref.errors import PeftRefError
     from peftref.ir.plan import Plan
     from peftref.registry import load_plugin
+    from peftref.search.combine import combine
     from peftref.spec import load
     from peftref.training.restore import from_pretrained
     from peftref.training.trainer import trainer
@@ -27,6 +28,7 @@ _EXPORTS = {
     "PeftRefError": "peftref.errors",
     "Plan": "peftref.ir.plan",
     "attach": "peftref.compiler",
+    "combine": "peftref.search.combine",
     "compile": "peftref.compiler",
     "from_pretrained": "peftref.training.restore",
     "load": "peftref.spec",
@@ -40,6 +42,7 @@ __all__ = [
     "PeftRefError",
     "Plan",
     "attach",
+    "combine",
     "compile",
     "from_pretrained",
     "load",
