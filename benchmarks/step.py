@@ -175,23 +175,29 @@ def write(path: Path, told: dict[str, object], rows: list[Row]) -> None:
 def parsed() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="time of a training step over the frozen one's")
-    parser.add_argument("--backbones", default="minilm,d1024,llama", help="also llama8b on a GPU")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--backbones", help="minilm,d1024,llama; on a GPU also llama8b")
     parser.add_argument("--techniques", default=";".join(OURS), help="separated by semicolons")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", default=here, choices=["cpu", "cuda"])
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall",
                         help="cpu: on a machine that others use too, with one thread")
     parser.add_argument("--adapters-python", metavar="PATH",
                         help="interpreter that has adapters 1.3 and its transformers")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="by default benchmarks/results/step-DEVICE.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.backbones is None:
+        given.backbones = "minilm,d1024,llama" + (",llama8b" if given.device == "cuda" else "")
+    if given.json is None:
+        given.json = Path(__file__).parent / "results" / f"step-{given.device}.json"
+    return given
 
 
 def main() -> None:
-    """Measure, print a table, and write JSON and Markdown if asked."""
+    """Measure, print a table, and write JSON and Markdown."""
     given = parsed()
     if given.worker is not None:
         worker(given)
@@ -199,8 +205,7 @@ def main() -> None:
     told = machine(given)
     rows = list(run(given))
     print(table(rows))
-    if given.json is not None:
-        write(given.json, told, rows)
+    write(given.json, told, rows)
 
 
 if __name__ == "__main__":
