@@ -45,6 +45,8 @@ COUNTS = {
     ("llama_adapter(length=5)", "bert"): L * (5 * D + 4),
     ("llama_adapter(length=5)", "llama"): L * (5 * D + 2),  # two key-value heads
     ("llama_adapter(length=5, gate=layer, layers='1:')", "llama"): 5 * D + 1,
+    ("panda(length=5)", "bert"): 5 * D,
+    ("panda(length=5)", "llama"): 5 * D,
     ("attempt(length=5)", "bert"): 5 * D + 200 * D + 2 * D,
     ("attempt(length=5, width=7)", "llama"): 5 * D + 2 * 7 * D + 2 * D,
 }
