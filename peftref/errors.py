@@ -102,9 +102,18 @@ class SearchError(PeftRefError):
     """A study cannot start, resume or go on."""
 
 
+_MANY = 40
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """Return the message for a name that is not known: the nearest valid one, then all."""
+    """Return the message for a name that is not known: the nearest valid one, then all.
+
+    Of a long list only what is near is named, and where the rest can be read.
+    """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(name, names, n=5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
+    if len(names) > _MANY:
+        others = f" Near it: {', '.join(near[1:])}." if near[1:] else ""
+        return f"Unknown {kind} {name!r}.{hint}{others} peftref list --kind all prints all names"
     return f"Unknown {kind} {name!r}.{hint} Available: {', '.join(names) or 'none'}"

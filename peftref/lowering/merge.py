@@ -115,8 +115,13 @@ def _prefix_of_fold(bound: list[BoundEdit]) -> tuple[list[BoundEdit], list[str]]
     by_stage: dict[Stage, list[BoundEdit]] = {}
     for edit in bound:
         by_stage.setdefault(edit.stage, []).append(edit)
-    chosen = [e for e in bound if e.stage.on_weight or e.stage is Stage.BIAS]
+    stays = any(e.stage.on_weight and not e.edit.mergeable for e in bound)
+    # What a gated edit of the weight stands behind is the same in any order for sums alone.
+    chosen = [e for e in bound if e.edit.mergeable and (
+        e.stage is Stage.BIAS or e.stage is Stage.WEIGHT_ADD or (
+            e.stage.on_weight and not stays))]
     reads_input = bool(by_stage.get(Stage.PARALLEL))
+    reads_input = reads_input or any(e.edit.write.looks_back for e in bound)
     for edit in reversed(by_stage.get(Stage.INPUT, [])):
         if not edit.edit.mergeable or reads_input:
             break
@@ -127,6 +132,8 @@ def _prefix_of_fold(bound: list[BoundEdit]) -> tuple[list[BoundEdit], list[str]]
                 break
             chosen.append(edit)
     taken = {id(edit) for edit in chosen}
+    if any(edit.reads_weight for edit in bound if id(edit) not in taken):
+        taken = set()  # what stays would read another weight
     left = [f"{e.edit.write.label} stays" for e in bound if id(e) not in taken]
     return [e for e in bound if id(e) in taken], left
 

@@ -142,6 +142,11 @@ class BoundEdit:
         return self.kind is not IntegrationKind.CONCAT
 
     @property
+    def reads_weight(self) -> bool:
+        """Whether some primitive of it asks for the module's frozen weight."""
+        return any(step.primitive.reads_weight for step in self.edit.program.steps)
+
+    @property
     def gated(self) -> bool:
         """Whether a gate scales the change that it makes."""
         return self._gate is not None

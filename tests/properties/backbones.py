@@ -97,6 +97,7 @@ def attached(case: Case, dtype: torch.dtype = torch.float32, **options: Any) -> 
     adapted = peftref.attach(backbone, plan, **options)
     try:
         adapted.handled = True
+        adapted.special_tokens = batch(case.family)["input_ids"][0, :2].tolist()
         _prepare(case.family, adapted)
         yield adapted
         adapted.detach()
