@@ -181,7 +181,9 @@ def fast_join(edit: BoundEdit) -> Join | None:
 def _rescaled(edit: BoundEdit) -> Join:
     def join(_: Tensor, x: Tensor) -> Tensor:
         (vector,) = edit.linear_tensors()
-        return scale_shift(x, vector if edit.scale == 1.0 else vector * edit.scale)
+        vector = vector if edit.scale == 1.0 else vector * edit.scale
+        # Measured: on a CPU torch's own product and sum are a little faster than the op.
+        return x * vector.to(x.dtype) if x.device.type == "cpu" else scale_shift(x, vector)
 
     return join
 
