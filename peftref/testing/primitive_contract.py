@@ -48,7 +48,7 @@ class Case:
         """Return the primitive."""
         shape = (self.d_out, self.d_in) if self.port_shape is None else self.port_shape
         kind = primitives.get(self.name)
-        place = Place(self.d_in, self.d_out, self.hidden, shape, "encoder", layers=2)
+        place = Place(self.d_in, self.d_out, self.hidden, shape, "encoder", heads=2, layers=2)
         return kind(kind.Arguments(**self.arguments), place)
 
     def __str__(self) -> str:
@@ -67,7 +67,8 @@ class _Still:
         return None
 
     def keys_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return rows, rows
+        keys, values = (rows @ weight(self.case).mT).chunk(2, -1)
+        return keys, values
 
     def weight(self) -> Tensor:
         return weight(self.case)

@@ -45,6 +45,8 @@ COUNTS = {
     ("llama_adapter(length=5)", "bert"): L * (5 * D + 4),
     ("llama_adapter(length=5)", "llama"): L * (5 * D + 2),  # two key-value heads
     ("llama_adapter(length=5, gate=layer, layers='1:')", "llama"): 5 * D + 1,
+    ("trainable_tokens(tokens='3, 5:9')", "bert"): 5 * D,
+    ("trainable_tokens(tokens='3, 3:6')", "llama"): 3 * D,
     ("panda(length=5)", "bert"): 5 * D,
     ("panda(length=5)", "llama"): 5 * D,
     ("attempt(length=5)", "bert"): 5 * D + 200 * D + 2 * D,
@@ -59,7 +61,7 @@ def test_count(spec: str, family: str) -> None:
 
 @pytest.mark.parametrize(("spec", "exact"), [
     ("mpt", False), ("xprompt", False), ("attempt", False),
-    ("llama_adapter", True),
+    ("llama_adapter", True), ("trainable_tokens", True),
 ])
 def test_identity(spec: str, exact: bool) -> None:
     assert_identity(spec, exact=exact)
@@ -354,3 +356,36 @@ def test_attention_beside_needs_the_interface() -> None:
                 "name": "x", "site": {"select": "attention", "port": "keys_values"},
                 "function": [{"tokens": {"width": 7}}, "own_keys_values"],
                 "interaction": {"insertion": "parallel", "integration": "add"}}]}, tiny("bert"))
+
+
+# --- Trainable tokens ------------------------------------------------------------------------
+
+
+def test_trainable_tokens_are_pefts() -> None:
+    model = tiny("llama", "causal_lm", dtype=torch.float64)
+    theirs = peft_model(copy.deepcopy(model), peft.TrainableTokensConfig(
+        task_type="CAUSAL_LM", token_indices=[3, 5, 6, 7, 8],
+        target_modules=["embed_tokens"])).double()
+    rows = batch("llama")
+    rows["input_ids"] = rows["input_ids"] % 9  # so that chosen ones are among them
+    with torch.no_grad():
+        start = theirs(**rows).logits
+    made = peftref.attach(model, "trainable_tokens(tokens='3, 5:9')")
+    perturb(made, 0.7)
+    (own,) = made.trainable.values()
+    (other,) = [p for p in theirs.parameters() if p.requires_grad]
+    with torch.no_grad():
+        other += own.view(other.shape)  # PEFT trains the rows, we train their difference
+    found, expected = model(**rows).logits, theirs(**rows).logits
+    assert (found - start).abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, **CLOSE)
+    (gradient,) = torch.autograd.grad(found.sin().sum(), [own])
+    (reference,) = torch.autograd.grad(expected.sin().sum(), [other])
+    torch.testing.assert_close(gradient, reference.view(gradient.shape), **CLOSE)
+
+
+def test_tokens_must_exist() -> None:
+    with pytest.raises(CompositionError, match="some of the rows 0 to 96"):
+        attach("trainable_tokens(tokens='90:98')")
+    with pytest.raises(CompositionError, match="'x' is no row"):
+        attach("trainable_tokens(tokens='1, x')")

@@ -47,7 +47,7 @@ class TestRotation(PrimitiveContract):
 
 class TestPartial(PrimitiveContract):
     cases = (Case("sparse", {"rank": 2}), Case("sparse", {"rank": 1, "seed": 3}),
-             Case("row_scale"), Case("weight_mask"))
+             Case("row_scale"), Case("weight_mask"), Case("chosen_rows", {"rows": "1, 4:6"}))
 
 
 class TestOtherRotations(PrimitiveContract):
@@ -143,11 +143,14 @@ class TestStreams(PrimitiveContract):
         Case("additive_coupling"),
         Case("additive_coupling", {"init": "zeros", "inverse": True}),
         Case("leading"),
+        Case("mean_tokens"),
+        Case("fold", {"groups": 2}),
     )
 
 
 class TestStacks(PrimitiveContract):
-    cases = (Case("layer_attention"),)
+    cases = (Case("layer_attention"), Case("ladder", {"reduction": 3, "heads": 2}),
+             Case("ladder", {"reduction": 2, "heads": 3, "skip": 2}))
 
     @staticmethod
     def stream(case: Case, seed: int = 0) -> Tensor:
@@ -169,6 +172,18 @@ class TestRows(PrimitiveContract):
         layers = int(str(case.arguments.get("layers", 1)))
         rows = [d, *[2 * h] * (layers - 1)]
         assert case.make().flops() == sum(2 * 2 * 4 * h * (width + h) for width in rows)
+
+
+class TestKeysAndValues(PrimitiveContract):
+    cases = tuple(Case("own_keys_values", arguments, d_in=16)
+                  for arguments in ({}, {"gate": "layer"}, {"squash": False}))
+
+    def test_what_holds_at_the_start_is_true(self, case: Case) -> None:
+        """The values are zero, and with them attention over the rows; the keys are not."""
+        keys, values = self.apply(case, start=True)(self.stream(case)).chunk(2, -1)
+        assert case.make().algebra().zero_at_init
+        assert not bool(values.any())
+        assert bool(keys.all())
 
 
 def test_none_is_left_out():
