@@ -21,7 +21,7 @@ __all__ = ["Row", "typology"]
 
 # Divisible by every block size in use, so that each primitive can be asked without a backbone.
 WIDTH = 23040
-DYNAMIC = ("gate", "mix")
+DYNAMIC = ("gate", "instance_attention", "mix")
 SPARSE = ("prune",)
 
 
@@ -72,7 +72,7 @@ def _row(name: str, module: ModuleSpec, couplings: set[str]) -> Row:
 
 def _place(port: Port) -> Place:
     shape = {Port.WEIGHT: (WIDTH, WIDTH), Port.BIAS: (WIDTH,)}.get(port, ())
-    return Place(WIDTH, WIDTH, WIDTH, shape)
+    return Place(WIDTH, WIDTH, WIDTH, shape, heads=12, layers=12)
 
 
 def _algebra(function: Expression, stream: Algebra, place: Place) -> Algebra:
