@@ -21,7 +21,15 @@ __all__ = ["FUNCTIONS", "evaluate", "names_in"]
 Value = bool | int | float | str | None
 Number = int | float
 
-FUNCTIONS: Mapping[str, Callable[..., Number]] = {"sqrt": math.sqrt, "min": min, "max": max}
+
+
+def _sqrt(value: Number) -> float:
+    if value < 0:
+        raise ValueError(f"sqrt takes a number that is not negative, not {value}")
+    return math.sqrt(value)
+
+
+FUNCTIONS: Mapping[str, Callable[..., Number]] = {"sqrt": _sqrt, "min": min, "max": max}
 LONGEST_SOURCE = 300
 LARGEST_EXPONENT = 64
 LARGEST_NUMBER = 2.0**63
@@ -89,8 +97,10 @@ def evaluate(source: str, values: Mapping[str, Value]) -> Value:
 
 def _value(node: ast.expr, values: Mapping[str, Value]) -> Value:
     match node:
-        case ast.Constant(value=bool() | int() | float() | str() as value):
+        case ast.Constant(value=bool() | str() as value):
             return value
+        case ast.Constant(value=int() | float() as value):
+            return _bounded(value)
         case ast.Name(id=name):
             if name not in values:
                 raise ValueError(unknown_name("parameter", name, values))
@@ -131,5 +141,7 @@ def _binary(op: ast.operator, left: Number, right: Number) -> Number:
 
 def _bounded(value: Number) -> Number:
     if isinstance(value, complex) or not abs(value) <= LARGEST_NUMBER:
-        raise ValueError(f"a result must be a real number below 2**63, not {value!r:.40}")
+        # An integer of many digits has no decimal text.
+        shown = hex(value) if isinstance(value, int) else repr(value)
+        raise ValueError(f"a result must be a real number below 2**63, not {shown:.40}")
     return value

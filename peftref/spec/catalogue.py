@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from peftref.errors import SpecError, unknown_name
-from peftref.spec.loader import read_yaml
+from peftref.spec.loader import LARGEST_DOCUMENT, read_yaml
 from peftref.spec.template import Kind, Template
 
 __all__ = ["Entry", "entries", "find", "macro", "read_template"]
@@ -51,8 +51,9 @@ def read_template(path: Path) -> Template:
     """Return the template in the file at ``path``, cached until the file changes."""
     try:
         stat = path.stat()
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise SpecError(f"{path}: cannot be read ({reason})") from error
     return _read(path, stat.st_mtime_ns, stat.st_size)
 
 
@@ -99,14 +100,16 @@ def macro(name: str) -> Template | None:
 def _scan() -> Iterator[Entry]:
     for folder, shipped in _folders():
         for path in sorted(folder.rglob("*.yaml")) + sorted(folder.rglob("*.yml")):
-            head = _HEAD.search(_text(path))
+            # A folder or device by such a name is no file of ours.
+            head = _HEAD.search(_text(path)) if path.is_file() else None
             if head is not None:
                 yield Entry(head[2], head[1], path, shipped)  # pyright: ignore[reportArgumentType]
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        with path.open(encoding="utf-8", errors="replace") as stream:
+            return stream.read(LARGEST_DOCUMENT)
     except OSError as error:
         raise SpecError(f"{path}: cannot be read ({error.strerror})") from error
 

@@ -73,7 +73,10 @@ def parse_expression(text: str, at: Mark | None = None) -> tuple[Term, ...]:
         column = error.offset or 1
         raise SpecError(f"not a technique expression: {error.msg}",
                         mark=parser.mark(column)) from error
-    except (RecursionError, MemoryError, ValueError) as error:
+    except (RecursionError, MemoryError) as error:
+        raise SpecError("not a technique expression: nested too deep",
+                        mark=parser.mark(1)) from error
+    except ValueError as error:
         raise SpecError(f"not a technique expression: {error}", mark=parser.mark(1)) from error
 
 

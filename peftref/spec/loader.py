@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import io
 import math
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 from ruamel.yaml.nodes import Node as YamlNode
@@ -26,6 +29,8 @@ __all__ = ["LARGEST_DOCUMENT", "Node", "node_of", "parse_value", "parse_yaml", "
 
 LARGEST_DOCUMENT = 1 << 18  # a spec is a page; a megabyte is a mistake or an attack
 DEEPEST = 40
+DEEPEST_DATA = 200  # a resolved spec nests further than what a person writes
+_INTEGERS = range(-(1 << 63), 1 << 63)
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -61,13 +66,21 @@ def read_yaml(path: Path) -> Node:
         SpecError: the file cannot be read, or is not a document as `parse_yaml` wants it.
     """
     try:
-        if path.stat().st_size > LARGEST_DOCUMENT:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise SpecError(f"{path}: cannot be read (not a regular file)")
+        with path.open("rb") as stream:
+            content = stream.read(LARGEST_DOCUMENT + 1)
+        if len(content) > LARGEST_DOCUMENT:
             raise SpecError(f"{path}: larger than {LARGEST_DOCUMENT} bytes; not a specification")
-        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        return parse_yaml(content.decode("utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: not UTF-8 text ({error.reason})") from error
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        raise SpecError(f"{path}: cannot be read ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def parse_yaml(text: str, source: str) -> Node:
@@ -83,18 +96,18 @@ def parse_yaml(text: str, source: str) -> Node:
     if len(text) > LARGEST_DOCUMENT:
         raise SpecError(f"{source}: larger than {LARGEST_DOCUMENT} bytes; not a specification")
     try:
-        root = YAML(typ="safe", pure=True).compose(text)
+        reader = YAML(typ="safe", pure=True)
+        reader.Composer = partial(_Composer, source)
+        root = reader.compose(text)
         if root is None:
             raise SpecError("the document is empty", mark=Mark(source, 1, 1))
-        node = _Reader(source).node(root, 0)
+        node = _Reader(source).node(root)
     except MarkedYAMLError as error:
         place = error.problem_mark or error.context_mark
         mark = Mark(source, place.line + 1, place.column + 1) if place else None
         raise SpecError(f"not valid YAML: {error.problem or error.context}", mark=mark) from error
     except YAMLError as error:
         raise SpecError(f"{source}: not valid YAML: {error}") from error
-    except RecursionError as error:
-        raise SpecError(f"{source}: nested deeper than {DEEPEST} levels") from error
     if not node.is_mapping:
         raise SpecError("a document is a mapping of fields to values", mark=node.mark)
     return node
@@ -105,8 +118,34 @@ def parse_value(text: str) -> Any:  # noqa: ANN401 - the loader's border
     return plain(parse_yaml(f"value: {text}", "<value>").value["value"])
 
 
+class _Composer(Composer):
+    """Refuses what specs do not have before anything is made of it."""
+
+    def __init__(self, source: str, loader: Any = None) -> None:  # noqa: ANN401 - ruamel's own
+        super().__init__(loader=loader)
+        self.source = source
+        self.level = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:  # noqa: ANN401 - ruamel's own
+        event = self.parser.peek_event()
+        place = event.start_mark
+        mark = Mark(self.source, place.line + 1, place.column + 1)
+        if event.anchor is not None:
+            raise SpecError(f"anchors and aliases are not accepted (&{event.anchor}); write the "
+                            "value out", mark=mark)
+        if getattr(event, "ctag", None) is not None:
+            raise SpecError(f"tags are not accepted ({event.ctag}); write the value without",
+                            mark=mark)
+        if self.level > DEEPEST:
+            raise SpecError(f"nested deeper than {DEEPEST} levels", mark=mark)
+        self.level += 1
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
+
+
 class _Reader:
-    """Turns composed YAML nodes into `Node`; aliases show as nodes met twice."""
+    """Turns composed YAML nodes into `Node`."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -115,49 +154,59 @@ class _Reader:
     def mark(self, node: YamlNode) -> Mark:
         return Mark(self.source, node.start_mark.line + 1, node.start_mark.column + 1)
 
-    def node(self, node: YamlNode, depth: int) -> Node:
+    def node(self, node: YamlNode) -> Node:
         mark = self.mark(node)
-        if node.anchor is not None:
-            raise SpecError(f"anchors and aliases are not accepted (&{node.anchor}); write the "
-                            "value out", mark=mark)
-        if depth > DEEPEST:
-            raise SpecError(f"nested deeper than {DEEPEST} levels", mark=mark)
         if isinstance(node, SequenceNode):
-            return Node(tuple(self.node(item, depth + 1) for item in node.value), mark)
+            return Node(tuple(self.node(item) for item in node.value), mark)
         if isinstance(node, MappingNode):
-            return self.mapping(node, mark, depth)
+            return self.mapping(node, mark)
         return Node(self.scalar(node), mark)
 
-    def mapping(self, node: MappingNode, mark: Mark, depth: int) -> Node:
+    def mapping(self, node: MappingNode, mark: Mark) -> Node:
         content: dict[str, Node] = {}
         keys: dict[str, Mark | None] = {}
         for key, value in node.value:
-            if not isinstance(key, ScalarNode) or key.anchor is not None:
+            if not isinstance(key, ScalarNode):
                 raise SpecError("a key is plain text", mark=self.mark(key))
             if key.value in content:
                 raise SpecError(f"duplicate key {key.value!r}; first at {keys[key.value]}",
                                 mark=self.mark(key))
-            content[key.value] = self.node(value, depth + 1)
+            content[key.value] = self.node(value)
             keys[key.value] = self.mark(key)
         return Node(content, mark, keys)
 
     def scalar(self, node: YamlNode) -> Any:  # noqa: ANN401 - the loader's border
-        value = self.constructor.construct_object(node, deep=True)
+        try:
+            value = self.constructor.construct_object(node, deep=True)
+        except ValueError:  # more digits than Python reads, or a day that does not exist
+            value = 1 << 63 if str(node.tag).endswith(":int") else node.value
         if isinstance(value, float) and not math.isfinite(value):
             raise SpecError(f"a number is finite, not {node.value}", mark=self.mark(node))
+        if isinstance(value, int) and value not in _INTEGERS:
+            raise SpecError(f"a whole number is below 2**63, not {node.value:.40}",
+                            mark=self.mark(node))
         if value is None or isinstance(value, bool | int | float | str):
             return value
         return node.value  # a date or other YAML type that specs have no use for: its text
 
 
-def node_of(value: object, mark: Mark | None = None) -> Node:
-    """Return ``value``, made of Python's plain containers, as a tree of nodes."""
+def node_of(value: object, mark: Mark | None = None, depth: int = 0) -> Node:
+    """Return ``value``, made of Python's plain containers, as a tree of nodes.
+
+    Raises:
+        SpecError: it is nested too deep, or a whole number is too large.
+    """
     if isinstance(value, Node):
         return value
+    if depth > DEEPEST_DATA:
+        raise SpecError(f"nested deeper than {DEEPEST_DATA} levels", mark=mark)
     if isinstance(value, Mapping):
-        return Node({str(key): node_of(item, mark) for key, item in value.items()}, mark)
+        return Node({str(key): node_of(item, mark, depth + 1) for key, item in value.items()}, mark)
     if isinstance(value, list | tuple):
-        return Node(tuple(node_of(item, mark) for item in value), mark)
+        return Node(tuple(node_of(item, mark, depth + 1) for item in value), mark)
+    if isinstance(value, int) and value not in _INTEGERS:
+        raise SpecError(f"a whole number is below 2**63, not one of {value.bit_length()} bits",
+                        mark=mark)
     return Node(value, mark)
 
 
