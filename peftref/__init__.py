@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peftref.registry import load_plugin
     from peftref.search.combine import combine
     from peftref.spec import load
+    from peftref.training.laplace import laplace
     from peftref.training.restore import from_pretrained
     from peftref.training.trainer import trainer
 
@@ -31,6 +32,7 @@ _EXPORTS = {
     "combine": "peftref.search.combine",
     "compile": "peftref.compiler",
     "from_pretrained": "peftref.training.restore",
+    "laplace": "peftref.training.laplace",
     "load": "peftref.spec",
     "load_plugin": "peftref.registry",
     "restore": "peftref.compiler",
@@ -45,6 +47,7 @@ __all__ = [
     "combine",
     "compile",
     "from_pretrained",
+    "laplace",
     "load",
     "load_plugin",
     "restore",
