@@ -42,7 +42,7 @@ def _alternative(
         if optional:
             return []
         raise BackboneError(_no_role(table, pattern))
-    placed = [site for site in named if selector.stack in (None, site.stack)]
+    placed = [site for site in named if _in_stack(table, selector, site)]
     if not placed and not optional:
         stacks = sorted({site.stack for site in named})
         raise BackboneError(f"Role {pattern!r} is in stack {' and '.join(stacks)} of this "
@@ -55,6 +55,15 @@ def _alternative(
     if kept and not able and not optional:
         raise BackboneError(_no_port(selector.port.value, pattern, kept))
     return able
+
+
+def _in_stack(table: SiteTable, selector: SiteSelector, site: Site) -> bool:
+    """Whether a site is in the selected stack; towers side by side have no first and last."""
+    if selector.stack in ("first", "last"):
+        both = {"encoder", "decoder"} <= set(table.layers)
+        named = "encoder" if selector.stack == "first" else "decoder"
+        return not both or site.stack == named
+    return selector.stack in (None, site.stack)
 
 
 def _no_role(table: SiteTable, pattern: str) -> str:
@@ -112,7 +121,7 @@ def _raw(table: SiteTable, selector: SiteSelector, pattern: str) -> tuple[Site, 
         raise BackboneError(
             f"module: {pattern!r} matches no whole module path of this backbone. Paths: "
             f"{', '.join(list(table.modules)[:SHOWN])}{', ...' * (len(table.modules) > SHOWN)}")
-    placed = [site for site in named if selector.stack in (None, site.stack)]
+    placed = [site for site in named if _in_stack(table, selector, site)]
     kept = _in_layers(table, selector, placed)
     if not kept:
         raise BackboneError(

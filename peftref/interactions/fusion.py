@@ -234,7 +234,7 @@ class Fusion(Coupling[FusionArguments]):
         self, graph: AdapterGraph, write: WriteNode, scales: tuple[float, ...]
     ) -> _OfMembers:
         site, a = write.site, self.arguments
-        d_in = site.d_out if write.read.value == "output" else site.d_in
+        d_in = ReadNode(site, write.read).width
         d_out = site.d_in if write.port.value == "input" else site.d_out
         place = Place(d_in, d_out, graph.table.hidden_size, stack=site.reads_stack)
         share = f"@{site.role}" if a.shared else None

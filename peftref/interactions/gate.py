@@ -101,7 +101,7 @@ class Gate(Coupling[CouplingArguments]):
 
 def _sample_gate(graph: AdapterGraph, write: WriteNode, port: Port) -> int:
     """The gate of all that one member writes at one site: what it changes there is one thing."""
-    width = write.site.d_out if port is Port.OUTPUT else write.site.d_in
+    width = ReadNode(write.site, port).width
     place = Place(width, width, graph.table.hidden_size, stack=write.site.reads_stack)
     primitive = SampleGate(Arguments(), place)
     read = graph.add(ReadNode(write.site, port))

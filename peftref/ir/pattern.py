@@ -94,7 +94,7 @@ def match(write: WriteNode, chain: Chain | None) -> str:
     prefix_attention    keys and values                   any
     ==================  ================================  =========================================
     """
-    if write.gated or write.positions is not None:
+    if write.gated or write.positions is not None or write.looks_back:
         return ""  # the change is scaled row by row: it has to stand alone
     if write.stage is Stage.KEYS_VALUES:
         return "prefix_attention"

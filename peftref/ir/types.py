@@ -60,6 +60,8 @@ class ReadNode:
     @property
     def width(self) -> int:
         """Width of the tensor."""
+        if self.port is Port.BOTH:
+            return self.site.d_in + self.site.d_out
         return self.site.d_out if self.port is Port.OUTPUT else self.site.d_in
 
 
@@ -201,6 +203,11 @@ class WriteNode:
         if self.site.kind is SiteKind.MATRIX:
             return self.stage is not None and self.stage.on_weight
         return self.stage is Stage.WEIGHT_ROTATE and self.site.rows is not None
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether an edit of an output also reads what entered."""
+        return self.stage is Stage.OUTPUT and self.read in (Port.INPUT, Port.BOTH)
 
     @property
     def ends_a_span(self) -> bool:

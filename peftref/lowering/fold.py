@@ -171,14 +171,15 @@ class Fold:
         for edit in self.parallel:
             y = edit.onto(y, x)
         for edit in self.outputs:
-            y = edit.onto(y, gather_rows(y, edit.rows))
+            y = edit.onto(y, _read(edit, x, gather_rows(y, edit.rows)))
         for edit in self.spans:
-            if edit.stage is Stage.PARALLEL:
-                if carried is None:
-                    raise TypeError(f"{edit.edit.write.label}: the span's input did not arrive")
-                y = edit.onto(y, carried)
-            else:
+            looks = edit.stage is Stage.PARALLEL or edit.edit.write.looks_back
+            if not looks:
                 y = edit.onto(y, y)
+            elif carried is None:
+                raise TypeError(f"{edit.edit.write.label}: the span's input did not arrive")
+            else:
+                y = edit.onto(y, _read(edit, carried, y))
         return y
 
     def _take(
@@ -258,6 +259,13 @@ def _is_matrix(edit: BoundEdit) -> bool:
 
 def _is_span(edit: BoundEdit) -> bool:
     return edit.edit.write.ends_a_span
+
+
+def _read(edit: BoundEdit, x: Tensor, y: Tensor) -> Tensor:
+    """What an edit behind the module reads, with ``x`` its input and ``y`` its output so far."""
+    if edit.edit.write.read is Port.BOTH:
+        return torch.cat((x, y), -1)
+    return x if edit.stage is Stage.PARALLEL or edit.edit.write.looks_back else y
 
 
 def _first(result: Any) -> Tensor:  # noqa: ANN401 - a tensor, or a tuple that starts with one

@@ -95,13 +95,7 @@ def _stage(write: WriteNode, algebra: Algebra) -> Stage:
     if write.kind is IntegrationKind.ROTATE:
         raise _refuse(write, "rotate acts on port weight")
     if sequential:
-        own = write.read is write.port
-        if write.kind is IntegrationKind.RESCALE and own and not algebra.diagonal:
-            raise _refuse(write, "a sequential rescale needs an elementwise scale ('vector'), or "
-                          "reads another port ('read'), whose function the stream is multiplied by")
-        if write.port is Port.INPUT and write.read is Port.BOTH:
-            raise _refuse(write, "an edit of the input reads the input or the output")
-        return Stage.INPUT if write.port is Port.INPUT else Stage.OUTPUT
+        return _sequential_stage(write, algebra)
     if write.read is Port.BOTH:
         raise _refuse(write, "input and output are read by an edit of the output, in sequence")
     if write.port is Port.INPUT:
@@ -112,6 +106,16 @@ def _stage(write: WriteNode, algebra: Algebra) -> Stage:
     if folds and write.site.kind in _WITH_MATRIX and write.read is Port.INPUT:
         return Stage.WEIGHT_ADD
     return Stage.PARALLEL
+
+
+def _sequential_stage(write: WriteNode, algebra: Algebra) -> Stage:
+    own = write.read is write.port
+    if write.kind is IntegrationKind.RESCALE and own and not algebra.diagonal:
+        raise _refuse(write, "a sequential rescale needs an elementwise scale ('vector'), or "
+                      "reads another port ('read'), whose function the stream is multiplied by")
+    if write.port is Port.INPUT and write.read is Port.BOTH:
+        raise _refuse(write, "an edit of the input reads the input or the output")
+    return Stage.INPUT if write.port is Port.INPUT else Stage.OUTPUT
 
 
 def _gated_stage(write: WriteNode, stage: Stage, *, together: bool) -> Stage:

@@ -19,8 +19,9 @@ _LINEAR = Algebra(linear=True, matrix=True, keeps_zero=True)
 
 
 class FoldArguments(Arguments):
-    """``width``: of a group; ``pad``: how the last group is filled up."""
+    """``width``: of a group, or ``groups``: how many; ``pad``: how the last one is filled up."""
 
+    groups: int | None = Field(default=None, gt=0)
     width: int = Field(default=64, gt=0)
     pad: Literal["zeros", "wrap"] = "zeros"
 
@@ -37,14 +38,19 @@ class Fold(Primitive[FoldArguments]):
 
     def __init__(self, arguments: FoldArguments, place: Place) -> None:
         super().__init__(arguments, place)
-        if arguments.width > place.d_in:
+        if arguments.groups is not None and place.d_in % arguments.groups:
             raise CompositionError(
-                f"fold: width {arguments.width} is above the {place.d_in} entries that it reads"
+                f"fold: {arguments.groups} groups do not divide the {place.d_in} entries it reads"
+            )
+        if self.width > place.d_in:
+            raise CompositionError(
+                f"fold: width {self.width} is above the {place.d_in} entries that it reads"
             )
 
     @property
     def width(self) -> int:
-        return self.arguments.width
+        groups = self.arguments.groups
+        return self.arguments.width if groups is None else self.place.d_in // groups
 
     def algebra(self) -> Algebra:
         return _LINEAR
@@ -55,7 +61,7 @@ class Fold(Primitive[FoldArguments]):
     def bind(self, runtime: Runtime) -> Operation:
         import torch
 
-        width = self.arguments.width
+        width = self.width
         missing, wraps = -self.place.d_in % width, self.arguments.pad == "wrap"
 
         def fold(x: Tensor) -> Tensor:

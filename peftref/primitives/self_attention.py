@@ -55,6 +55,8 @@ class SelfAttention(Primitive[SelfAttentionArguments]):
     def bind(self, runtime: Runtime) -> Operation:
         from torch.nn.functional import linear, scaled_dot_product_attention
 
+        from peftref.ops.visible import visible
+
         heads, stack = self.arguments.heads, self.place.stack
         causal = stack in ("decoder", "text")
 
@@ -66,21 +68,3 @@ class SelfAttention(Primitive[SelfAttentionArguments]):
             return linear(mixed.transpose(-3, -2).flatten(-2), output)
 
         return attend
-
-
-def visible(padding: Tensor | None, x: Tensor, *, causal: bool) -> Tensor | None:
-    """Return which token sees which, (batch or 1, 1, tokens, tokens); None: each sees all.
-
-    A padding token sees itself, so that no row of the softmax is empty.
-    """
-    import torch
-
-    n = x.shape[-2]
-    if padding is None and not causal:
-        return None
-    seen = torch.ones(n, n, dtype=torch.bool, device=x.device)
-    seen = (seen.tril() if causal else seen)[None, None]
-    if padding is None:
-        return seen
-    itself = torch.eye(n, dtype=torch.bool, device=x.device)
-    return (seen & padding.bool()[:, None, None, :]) | itself

@@ -12,7 +12,7 @@ from peftref.spec.typology import Port
 
 __all__ = ["Positions", "SiteSelector", "StackName", "is_site_pattern", "layers_of"]
 
-StackName = Literal["encoder", "decoder", "text", "vision"]
+StackName = Literal["encoder", "decoder", "text", "vision", "first", "last"]
 
 _NAME = r"[a-z0-9_*]+\??"
 _PATH = rf"{_NAME}(?:\.{_NAME})*"
@@ -82,6 +82,7 @@ class SiteSelector(Frozen):
     ``module`` is a regular expression that a dotted module path must match whole; a ``select``
     that starts with ``module:`` means it too, so that a parameter of type ``site`` reaches both.
     ``layers`` is ``"all"``, a list of indices (negative from the end) or a slice ``"0:6:2"``.
+    ``stack`` is one by name, or the ``first`` or ``last`` of an encoder and a decoder.
     ``positions`` restricts the change to some tokens: ``{first: 3, last: 1}`` or ``special``.
     """
 

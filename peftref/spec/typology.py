@@ -22,7 +22,8 @@ class Workspace(StrEnum):
 class Port(StrEnum):
     """A tensor of a site that can be read or written.
 
-    ``hidden_states``: what all layers of a stack gave, its input first; read only.
+    ``hidden_states``: what all layers of a stack gave, its input first; ``both``: input and output
+    side by side. These two are read only.
     """
 
     INPUT = "input"
@@ -31,6 +32,7 @@ class Port(StrEnum):
     BIAS = "bias"
     KEYS_VALUES = "keys_values"
     HIDDEN_STATES = "hidden_states"
+    BOTH = "both"
 
 
 class InsertionForm(StrEnum):

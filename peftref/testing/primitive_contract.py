@@ -206,6 +206,11 @@ class PrimitiveContract:
         gradients = torch.autograd.grad((weights * result).sum(), trained)
         assert all(bool(gradient.any()) for gradient in gradients)
 
+    @staticmethod
+    def tokens(case: Case, x: Tensor) -> int:
+        """How many tokens a stream has."""
+        return x.numel() // case.d_in
+
     def test_flops_are_at_least_those_that_torch_counts(self, case: Case) -> None:
         """Products of matrices are counted by torch; elementwise work may come on top."""
         from torch.utils.flop_counter import FlopCounterMode
@@ -216,7 +221,7 @@ class PrimitiveContract:
         x = self.stream(case)
         with FlopCounterMode(display=False) as counter:
             self.apply(case, start=False)(x)
-        tokens = x.numel() // case.d_in
+        tokens = self.tokens(case, x)
         counted = counter.get_total_flops() / tokens
         if counted:
             assert counted <= primitive.flops() * 1.5 + 1

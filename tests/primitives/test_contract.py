@@ -157,6 +157,10 @@ class TestStacks(PrimitiveContract):
         """States of three layers."""
         return torch.stack([PrimitiveContract.stream(case, seed + 10 * i) for i in range(3)])
 
+    @staticmethod
+    def tokens(case: Case, x: Tensor) -> int:
+        return x[0].numel() // case.d_in
+
 
 class TestRows(PrimitiveContract):
     cases = (Case("lstm", {"hidden": 5}), Case("lstm", {"hidden": 4, "layers": 2}))
