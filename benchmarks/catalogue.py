@@ -23,7 +23,7 @@ __all__ = ["FLOOR_RATES", "RATES", "frozen_head", "session", "train_entry"]
 
 RATES = (16.0, 4.0, 64.0, 1.0)
 FLOOR_RATES = (1.0, 4.0)
-STEPS = 64
+STEPS = 40
 SEED = 0
 
 Result = dict[str, Any]
