@@ -138,3 +138,21 @@ def test_what_distillation_needs() -> None:
         made.procedures[0].before_step(made, 0, 4)
     with pytest.raises(TrainingError, match="one technique and width"):
         similarity({"a": torch.ones(2, 3)}, {"a": torch.ones(2, 4)})
+
+
+def test_mpt_learns_one_source_after_the_other(tmp_path: Path) -> None:
+    usual: dict[str, Any] = {"steps": 2, "learning_rate": 0.05}
+    train("prompt_tuning(length=4)", tmp_path / "a", **usual).save(tmp_path / "prompt")
+    first = train(f"mpt_source(length=4, source='{tmp_path / 'prompt'}')", tmp_path / "b", **usual)
+    first.save(tmp_path / "first")
+    made = adapted(f"mpt_source(length=4, start='{tmp_path / 'first'}')")
+    own = {n: t.clone() for n, t in first.tensors(("mpt",)).items()}
+    assert own.keys() == made.trainable.keys()
+    assert made.plan.trainable_parameters == 4 * 32 + 4 + 32
+    for name, tensor in own.items():
+        assert torch.equal(made.tensors()[name], tensor), name
+    target = adapted({
+        "composition": "target", "members": [{"name": "mpt", "use": "mpt(length=4)"}],
+        "procedures": [{"start_from": {"member": "mpt", "artifact": str(tmp_path / "first")}}]})
+    for name, tensor in own.items():
+        assert torch.equal(target.tensors()[name], tensor), name
