@@ -12,7 +12,7 @@ from peftref.search.settings import SearchRun
 from peftref.search.study import Screen, Screened
 from peftref.spec import load
 from peftref.training.data import load_data
-from peftref.training.pooling import choose_pooling, set_pooling
+from peftref.training.tasks.base import task_of
 
 __all__ = ["BackboneScreen"]
 
@@ -50,11 +50,7 @@ class BackboneScreen(Screen):
 def _skeleton(run: SearchRun) -> PreTrainedModel:
     """Return the model that a worker will load, with all its shapes and no weights."""
     data = load_data(run.data, run.task)
-    task = data.columns.task
-    labels = len(data.label_names) if task == "classification" else None
-    model = meta_model(resolve_backbone(run.backbone), task, labels)
-    if task != "causal_lm":
-        source = resolve_backbone(run.backbone)
-        pooling, _ = choose_pooling(model, run.pooling, source, trained_pooler=True)
-        set_pooling(model, pooling)
+    task, source = task_of(data.columns.task), resolve_backbone(run.backbone)
+    model = meta_model(source, task.head, task.outputs(data.label_names))
+    task.shape(model, run.pooling, source, trained_pooler=True)
     return model

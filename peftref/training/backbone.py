@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -18,8 +18,9 @@ from peftref.backbone import hf
 from peftref.backbone.names import resolve_backbone
 from peftref.errors import BackboneError
 from peftref.training.encode import pad_token
-from peftref.training.pooling import choose_pooling, set_pooling
+from peftref.training.pictures import load_processor
 from peftref.training.settings import Pooling
+from peftref.training.tasks.base import task_of
 
 __all__ = ["Backbone", "HeadState", "TaskHead", "load_backbone", "load_tokenizer"]
 
@@ -28,7 +29,7 @@ __all__ = ["Backbone", "HeadState", "TaskHead", "load_backbone", "load_tokenizer
 class TaskHead:
     """What a model must end in: a task, its classes, and what their scores are read from."""
 
-    task: Literal["classification", "regression", "causal_lm"]
+    task: str
     label_names: tuple[str, ...] = ()
     pooling: Pooling = "auto"
 
@@ -39,7 +40,7 @@ class Backbone:
 
     Attributes:
         model: with the task's head.
-        tokenizer: with a padding token.
+        tokenizer: with a padding token; for a task on pictures the image processor.
         head: as asked, its pooling resolved.
         fresh: names of the parameters that the checkpoint lacked.
         notes: what a user should know, as sentences.
@@ -66,22 +67,19 @@ def load_backbone(name: str, head: TaskHead, *, dtype: str, device: str | None) 
     """
     target = _device(device)
     source = resolve_backbone(name)
-    labels = len(head.label_names) if head.task == "classification" else None
-    model = hf.load_backbone(source, head.task, labels, getattr(torch, dtype))
-    tokenizer = load_tokenizer(source)
-    model.config.pad_token_id = pad_token(tokenizer)
-    for token in ("cls_token_id", "sep_token_id"):  # edits may act at these tokens
-        if getattr(model.config, token, None) is None:
-            setattr(model.config, token, getattr(tokenizer, token, None))
+    task = task_of(head.task)
+    model = hf.load_backbone(
+        source, task.head, task.outputs(head.label_names), getattr(torch, dtype)
+    )
+    tokenizer = load_processor(source) if task.sees_pictures else (
+        load_tokenizer(source, words=task.words)
+    )
+    if not task.sees_pictures:
+        _tell_tokens(model, tokenizer)
     held = _checkpoint_names(source)
-    notes: list[str] = []
-    pooling: Pooling = "model"
-    if head.task != "causal_lm":
-        trained = any(key.endswith("pooler.dense.weight") for key in held)
-        pooling, reason = choose_pooling(model, head.pooling, source, trained_pooler=trained)
-        set_pooling(model, pooling)
-        notes.append(reason)
-    if head.task == "classification":
+    trained = any(key.endswith("pooler.dense.weight") for key in held)
+    pooling, notes = task.shape(model, head.pooling, source, trained_pooler=trained)
+    if head.label_names:
         names = dict(enumerate(head.label_names))
         model.config.id2label = names
         model.config.label2id = {label: index for index, label in names.items()}
@@ -92,17 +90,31 @@ def load_backbone(name: str, head: TaskHead, *, dtype: str, device: str | None) 
         if key.split(".")[0] in heads and held.get(key) != tuple(value.shape)
     )
     resolved = TaskHead(head.task, head.label_names, pooling)
-    return Backbone(model, tokenizer, resolved, fresh, tuple(notes))
+    return Backbone(model, tokenizer, resolved, fresh, notes)
 
 
-def load_tokenizer(source: str) -> Any:  # noqa: ANN401 - tokenizers share no type
+def _tell_tokens(model: PreTrainedModel, tokenizer: Any) -> None:  # noqa: ANN401
+    """Let the model know the special tokens: edits may act at them."""
+    model.config.pad_token_id = pad_token(tokenizer)
+    for token in ("cls_token_id", "sep_token_id"):
+        if getattr(model.config, token, None) is None:
+            setattr(model.config, token, getattr(tokenizer, token, None))
+
+
+def load_tokenizer(source: str, *, words: bool = False) -> Any:  # noqa: ANN401 - tokenizers share no type
     """Return the tokenizer of a checkpoint, with a padding token.
+
+    Args:
+        source: the checkpoint.
+        words: whether it will be given words, to which some put a space in front only if told.
 
     Raises:
         BackboneError: there is none.
     """
     gguf = sorted(Path(source).glob("*.gguf"))
-    options = {"gguf_file": gguf[0].name} if gguf else {}
+    options: dict[str, Any] = {"gguf_file": gguf[0].name} if gguf else {}
+    if words:
+        options["add_prefix_space"] = True
     try:
         with hf.quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)

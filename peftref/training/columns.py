@@ -1,113 +1,133 @@
-"""Which column is the text and which the label, and what task that makes."""
+"""What the columns of a table mean, and how they are found by name and value."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
-from peftref.errors import DataError, unknown_name
+from peftref.errors import DataError
 from peftref.training.rows import Cell, Table
-from peftref.training.settings import DataSettings, Task
+from peftref.training.settings import DataSettings
 
-__all__ = ["Columns", "infer_columns", "label_key"]
+__all__ = [
+    "LABELS", "Columns", "ask", "first_named", "infer_choices", "infer_image", "infer_text",
+    "label_key", "need_label",
+]
 
 PAIRS = (
     ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"),
     ("text1", "text2"), ("text_a", "text_b"), ("question", "sentence"), ("query", "passage"),
+    ("anchor", "positive"),
 )
 TEXTS = ("text", "sentence", "question", "content", "review", "utterance", "document", "tokens")
 LABELS = ("label", "labels", "class", "category", "intent", "sentiment", "score", "target")
-# Whole numbers with more distinct values than this may be ratings or may be classes.
-MOST_CLASSES = 50
+IMAGES = ("image", "img", "picture", "pixels", "file_name")
+CHOICES = ("choices", "options", "endings", "answers")
+CHOICE = re.compile(r"(choice|option|ending|answer|sol)[_ ]?(\d+|[a-h])", re.IGNORECASE)
+MEANINGS = ("text", "pair", "label", "target", "image", "choices")
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
     """Column names by meaning, and the task.
 
-    ``target`` is the continuation that a causal language model learns to write after ``text``.
+    ``target`` is the text that a language model learns to write after, or for, ``text``;
+    ``choices`` is one column of lists or a column for each choice.
     """
 
-    task: Literal["classification", "regression", "causal_lm"]
-    text: str
+    task: str
+    text: str | None = None
     pair: str | None = None
     label: str | None = None
     target: str | None = None
+    image: str | None = None
+    choices: tuple[str, ...] = ()
+    separator: str | None = None
+
+    @classmethod
+    def of(cls, stated: Mapping[str, Any]) -> Columns:
+        """Return the columns that an artifact names."""
+        values: dict[str, Any] = {**stated, "choices": tuple(stated.get("choices", ()))}
+        return cls(**values)
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The columns that the model is shown."""
+        return tuple(name for name in (self.text, self.pair, self.image, *self.choices) if name)
 
     @property
     def used(self) -> tuple[str, ...]:
         """The columns that every row must fill."""
-        return tuple(name for name in (self.text, self.pair, self.label, self.target) if name)
+        return (*self.shown, *(name for name in (self.label, self.target) if name))
 
     def __str__(self) -> str:
-        meanings = ("text", "pair", "label", "target")
-        named = [f"{key}={getattr(self, key)!r}" for key in meanings if getattr(self, key)]
+        named = [f"{key}={getattr(self, key)!r}" for key in MEANINGS if getattr(self, key)]
         return f"{self.task}: {', '.join(named)}"
 
 
-def infer_columns(table: Table, data: DataSettings, task: Task) -> Columns:
-    """Return the given columns, completed by inference from names and values.
+def infer_text(
+    table: Table, data: DataSettings, taken: Collection[str | None],
+    names: tuple[str, ...] = TEXTS,
+) -> tuple[str, str | None]:
+    """Return the column of the text and, if there is one, of the second text.
+
+    Args:
+        table: training rows.
+        data: names that are given count.
+        taken: columns that mean something else.
+        names: what texts of the task are called, the likeliest first.
 
     Raises:
-        DataError: a given column is missing, or inference is not certain.
+        DataError: inference is not certain.
     """
-    for meaning in ("text", "pair", "label", "target"):
-        given = getattr(data, meaning)
-        if given is not None and given not in table.columns:
-            raise DataError(f"{table.source}: {unknown_name('column', given, table.columns)}")
-    label = data.label
-    if label is None and task != "causal_lm" and data.target is None:
-        label = _first(LABELS, table.columns)
-    if label is None and task in ("classification", "regression"):
-        raise _ask(table, "label")
-    resolved = task if task != "auto" else _task(table, label)
-    if resolved == "causal_lm" and label is not None:
-        raise DataError(f"task causal_lm has no label; name the column {label!r} as 'target'")
-    if resolved != "causal_lm" and data.target is not None:
-        raise DataError(f"'target' is for task causal_lm; task {resolved} takes 'label'")
-    text, pair = _text(table, data, label)
-    return Columns(resolved, text, pair, label, data.target)
-
-
-def _text(table: Table, data: DataSettings, label: str | None) -> tuple[str, str | None]:
     if data.text is not None:
         return data.text, data.pair
     if data.pair is not None:
         raise DataError("'pair' names the second text; name the first one as 'text' too")
-    taken = {label, data.target}
     for first, second in PAIRS:
-        if first in table.columns and second in table.columns and not taken & {first, second}:
+        if first in table.columns and second in table.columns and not {first, second} & set(taken):
             return first, second
-    by_name = _first(TEXTS, [name for name in table.columns if name not in taken])
+    free = [name for name in table.columns if name not in taken]
+    by_name = first_named(names, free)
     if by_name is not None:
         return by_name, None
     strings = [
-        name for name in table.columns
-        if name not in taken and all(isinstance(row.get(name), str) for row in table.rows[:100])
+        name for name in free
+        if all(isinstance(row.get(name), str) for row in table.rows[:100])
     ]
     if len(strings) != 1:
-        raise _ask(table, "text")
+        raise ask(table, "text")
     return strings[0], None
 
 
-def _task(
-    table: Table, label: str | None
-) -> Literal["classification", "regression", "causal_lm"]:
+def infer_choices(table: Table, data: DataSettings) -> tuple[str, ...]:
+    """Return the columns of choices: one of lists, or one for each; nothing where none are."""
+    if data.choices is not None:
+        return data.choices
+    listed = first_named(CHOICES, table.columns)
+    if listed is not None and isinstance(table.rows[0].get(listed), list):
+        return (listed,)
+    numbered = [name for name in table.columns if CHOICE.fullmatch(name)]
+    return tuple(numbered) if len(numbered) > 1 else ()
+
+
+def infer_image(table: Table, data: DataSettings) -> str | None:
+    """Return the column of pictures, if there is one."""
+    return data.image or first_named(IMAGES, table.columns)
+
+
+def need_label(table: Table, data: DataSettings, names: tuple[str, ...] = LABELS) -> str:
+    """Return the column of the label.
+
+    Raises:
+        DataError: none is given or named as labels are.
+    """
+    label = data.label or first_named(names, table.columns)
     if label is None:
-        return "causal_lm"
-    values = {label_key(row.get(label)) for row in table.rows if row.get(label) not in (None, "")}
-    numbers = [_number(value) for value in values]
-    if any(number is None for number in numbers):
-        return "classification"
-    if any(number is not None and not number.is_integer() for number in numbers):
-        return "regression"
-    if len(values) > MOST_CLASSES:
-        raise DataError(
-            f"{table.source}: column {label!r} holds {len(values)} different whole numbers; say "
-            "whether they are classes or quantities with task: classification or task: regression"
-        )
-    return "classification"
+        raise ask(table, "label")
+    return label
 
 
 def label_key(value: Cell) -> str:
@@ -119,19 +139,14 @@ def label_key(value: Cell) -> str:
     return str(value).strip()
 
 
-def _number(value: str) -> float | None:
-    try:
-        return float(value)
-    except ValueError:
-        return None
-
-
-def _first(names: tuple[str, ...], columns: Iterable[str]) -> str | None:
+def first_named(names: tuple[str, ...], columns: Iterable[str]) -> str | None:
+    """Return the column with the first of these names that occurs, whatever its case."""
     by_lower = {column.lower(): column for column in reversed(list(columns))}
     return next((by_lower[name] for name in names if name in by_lower), None)
 
 
-def _ask(table: Table, meaning: str) -> DataError:
+def ask(table: Table, meaning: str) -> DataError:
+    """Return the error that asks for the name of a column."""
     return DataError(
         f"{table.source}: cannot tell which column is the {meaning}; columns: "
         f"{', '.join(table.columns)}. Name it with data.{meaning}"

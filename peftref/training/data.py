@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from peftref.errors import DataError
-from peftref.training.columns import Columns, infer_columns, label_key
+from peftref.training.columns import Columns, label_key
+from peftref.training.example import Example
+from peftref.training.recognise import infer_columns
 from peftref.training.rows import Cell, Table, read_splits
 from peftref.training.settings import DataSettings, Task
 from peftref.training.split import fingerprint, hold_out, shared
+from peftref.training.tasks.base import Place, task_of
 
-__all__ = ["Example", "TaskData", "examples_of", "load_data"]
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One row: a text or a pair, and its class number, quantity, continuation or nothing."""
-
-    text: str
-    pair: str | None = None
-    label: int | float | str | None = None
-
-    @property
-    def key(self) -> tuple[str, str | None]:
-        """What makes two rows the same text."""
-        return self.text, self.pair
+__all__ = ["TaskData", "examples_of", "load_data"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +61,23 @@ def load_data(data: DataSettings, task: Task) -> TaskData:
     """
     tables = read_splits(data.source)
     columns = infer_columns(tables["train"], data, task)
-    names = _label_names(tables["train"], columns)
-    splits = {
-        name: examples_of(table, columns, names)
-        for name, table in tables.items() if not _labels_withheld(table, columns, name)
-    }
+    kept = {name: table for name, table in tables.items()
+            if not _labels_withheld(table, columns, name)}
+    notes = [f"columns: {columns}"]
+    if data.drop_missing:
+        for name, table in kept.items():
+            kept[name], note = _filled(table, columns)
+            notes += [note] if note else []
+    names = _label_names(kept["train"], columns)
+    splits = {name: examples_of(table, columns, names) for name, table in kept.items()}
     splits = _complete(splits, data, columns)
     if data.limit is not None:
         splits["train"] = _limited(splits["train"], data.limit, data.seed)
     _check_learnable(data.source, splits["train"], columns)
     ordered = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
-    notes = [f"columns: {columns}", *_describe(ordered, names)]
+    notes += ["rows: " + ", ".join(f"{name} {len(rows)}" for name, rows in ordered.items())]
+    notes += task_of(columns.task).describe(ordered["train"], names)
+    notes += _repeated(ordered)
     notes += [f"the {name} labels are withheld; that split is left out"
               for name in tables if name not in ordered]
     every = (row for name, rows in ordered.items() for row in (name, *rows))
@@ -92,62 +87,39 @@ def load_data(data: DataSettings, task: Task) -> TaskData:
 def examples_of(
     table: Table, columns: Columns, names: Sequence[str], *, labelled: bool = True
 ) -> tuple[Example, ...]:
-    """Return the rows of a table as examples.
+    """Return the rows of a table as examples; without their labels if that is asked for.
 
     Raises:
         DataError: a column or a value is missing, or a label was not seen in training.
     """
-    learnt = (columns.label, columns.target)
-    used = [name for name in columns.used if labelled or name not in learnt]
+    used = columns.used if labelled else columns.shown
     absent = [name for name in used if name not in table.columns]
     if absent:
         raise DataError(
             f"{table.source}: no column {absent[0]!r}; columns: {', '.join(table.columns)}"
         )
-    _check_filled(table, used)
-    numbers = {name: index for index, name in enumerate(names)}
-    examples: list[Example] = []
-    for index, row in enumerate(table.rows):
-        pair = _text(row[columns.pair]) if columns.pair else None
-        label = _label(table, index, columns, numbers) if labelled else None
-        examples.append(Example(_text(row[columns.text]), pair, label))
-    return tuple(examples)
-
-
-def _label(
-    table: Table, index: int, columns: Columns, numbers: Mapping[str, int]
-) -> int | float | str | None:
-    row = table.rows[index]
-    if columns.target is not None:
-        return _text(row[columns.target])
-    if columns.label is None:
-        return None
-    value = row[columns.label]
-    if columns.task == "regression":
-        return _quantity(table, index, value)
-    key = label_key(value)
-    if key not in numbers:
+    for name, empty in _empty(table, columns, used).items():
         raise DataError(
-            f"{table.place(index)}: label {key!r} does not occur in the training rows; known "
-            f"labels: {', '.join(numbers)}"
+            f"{table.place(empty[0])}: column {name!r} is empty here and in "
+            f"{len(empty) - 1} more of {len(table.rows)} rows; fill or remove them, or leave them "
+            "out with data.drop_missing"
         )
-    return numbers[key]
-
-
-def _quantity(table: Table, index: int, value: Cell) -> float:
-    try:
-        number = float(value)  # pyright: ignore[reportArgumentType]  # checked by the except
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise DataError(f"{table.place(index)}: a regression label must be a number, not {value!r}")
-    return number
+    task = task_of(columns.task)
+    numbers = {name: index for index, name in enumerate(names)} if labelled else None
+    source = Path(table.source).expanduser()
+    folder = str(source.parent) if source.is_file() else ""
+    return tuple(
+        task.example(row, columns, numbers, Place(table.place(index), folder))
+        for index, row in enumerate(table.rows)
+    )
 
 
 def _label_names(table: Table, columns: Columns) -> tuple[str, ...]:
-    if columns.task != "classification" or columns.label is None:
+    if columns.label is None:
         return ()
-    values = [row.get(columns.label) for row in table.rows]
+    task = task_of(columns.task)
+    cells = [row.get(columns.label) for row in table.rows]
+    values = [value for cell in cells for value in task.labels_in(cell, columns)]
     names = {label_key(value) for value in values if not _missing(value)}
     # Numbers sort as numbers: 10 after 9.
     return tuple(sorted(names, key=int if all(map(str.isdecimal, names)) else str))
@@ -164,21 +136,44 @@ def _missing(value: Cell) -> bool:
         return math.isnan(value)
     if isinstance(value, str):
         return not value.strip()
-    return value is None or value == []
+    return value is None or value in ([], {})
 
 
-def _check_filled(table: Table, used: Sequence[str]) -> None:
+def _empty(table: Table, columns: Columns, used: Sequence[str]) -> dict[str, list[int]]:
+    """Return the numbers of the rows in which each used column is empty, where there are any."""
+    found: dict[str, list[int]] = {}
     for name in used:
-        empty = [index for index, row in enumerate(table.rows) if _missing(row.get(name))]
+        label = name == columns.label and task_of(columns.task).may_be_empty
+        held = [row.get(name) for row in table.rows]
+        empty = [index for index, cell in enumerate(held)
+                 if (cell is None if label else _missing(cell))]
         if empty:
-            raise DataError(
-                f"{table.place(empty[0])}: column {name!r} is empty here and in "
-                f"{len(empty) - 1} more of {len(table.rows)} rows; fill or remove them"
-            )
+            found[name] = empty
+    return found
 
 
-def _text(value: Cell) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _filled(table: Table, columns: Columns) -> tuple[Table, str]:
+    """Return the table without the rows in which something is missing, and what was left out.
+
+    Raises:
+        DataError: nothing would be left.
+    """
+    empty = _empty(table, columns, columns.used)
+    lost = {index for rows in empty.values() for index in rows}
+    if not lost:
+        return table, ""
+    stay = [index for index in range(len(table.rows)) if index not in lost]
+    counts = ", ".join(f"{name!r} in {len(rows)}" for name, rows in empty.items())
+    if not stay:
+        raise DataError(f"{table.source}: something is missing in every row: {counts}")
+    kept = Table(
+        table.source, table.columns, tuple(table.rows[index] for index in stay),
+        tuple(table.lines[index] for index in stay),
+    )
+    return kept, (
+        f"warning: {len(lost)} of {len(table.rows)} rows of {table.source} are left out, the first "
+        f"is {table.place(min(lost))}; empty: {counts}"
+    )
 
 
 def _complete(
@@ -199,7 +194,7 @@ def _take(
     splits: dict[str, tuple[Example, ...]], name: str, fraction: float, seed: int, columns: Columns
 ) -> dict[str, tuple[Example, ...]]:
     rows = splits["train"]
-    strata = [row.label if columns.task == "classification" else None for row in rows]
+    strata = [task_of(columns.task).stratum(row) for row in rows]
     stay, held = hold_out([row.key for row in rows], strata, fraction, seed)
     if not held:
         raise DataError(
@@ -227,17 +222,13 @@ def _check_learnable(source: str, rows: tuple[Example, ...], columns: Columns) -
         )
 
 
-def _describe(splits: Mapping[str, tuple[Example, ...]], names: Sequence[str]) -> list[str]:
-    notes = ["rows: " + ", ".join(f"{name} {len(rows)}" for name, rows in splits.items())]
-    if names:
-        counts = Counter(row.label for row in splits["train"])
-        listed = ", ".join(f"{name} ({counts[index]})" for index, name in enumerate(names[:20]))
-        more = f", and {len(names) - 20} more" if len(names) > 20 else ""
-        notes.append(f"{len(names)} labels in train: {listed}{more}")
+def _repeated(splits: Mapping[str, tuple[Example, ...]]) -> list[str]:
+    notes: list[str] = []
     for name, rows in splits.items():
         if name == "train":
             continue
         twice = shared((row.key for row in splits["train"]), (row.key for row in rows))
         if twice:
-            notes.append(f"{twice} of {len(rows)} {name} texts also occur in train")
+            kind = "pictures" if rows[0].picture else "texts"
+            notes.append(f"{twice} of {len(rows)} {name} {kind} also occur in train")
     return notes

@@ -6,91 +6,61 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from peftref.errors import DataError
-from peftref.training.columns import Columns
-from peftref.training.data import Example
 
-__all__ = ["Collator", "Encoded", "batches_by_length", "encode", "training_order"]
+__all__ = [
+    "IGNORED", "Collate", "Collator", "Encoded", "GroupCollator", "Row", "batches_by_length",
+    "encode_texts", "pad_token", "training_order",
+]
 
 IGNORED = -100  # the label that transformers' losses leave out
-SEPARATOR = "\n"  # between a prompt and the continuation that is learnt
 POOL = 50  # batches that are sorted by length together
 
 Row = Mapping[str, Any]
+Collate = Callable[[Sequence[Row]], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token rows of a split and how many of them were cut to the length limit."""
+    """Rows of a split: how long each is, and how many were cut to the length limit."""
 
     rows: tuple[Row, ...]
     truncated: int
+    lengths: tuple[int, ...]
 
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens in each row."""
-        return [len(row["input_ids"]) for row in self.rows]
+    @classmethod
+    def of(cls, rows: Sequence[Row], truncated: int) -> Encoded:
+        """Return rows of tokens, each as long as it has tokens."""
+        return cls(tuple(rows), truncated, tuple(len(row["input_ids"]) for row in rows))
 
 
-def encode(
-    examples: Sequence[Example], tokenizer: Any, columns: Columns, max_length: int
-) -> Encoded:
-    """Tokenise a split.
+def encode_texts(
+    texts: Sequence[Any], pairs: Sequence[str] | None, tokenizer: Any, max_length: int,
+    **options: Any,
+) -> tuple[list[dict[str, Any]], list[bool]]:
+    """Tokenise texts; return the rows, and whether each was cut.
 
-    A causal language model sees ``text``, or ``text``, a line break and ``target``, of which
-    only the target is scored; a sequence ends with the end token if there is one.
+    Args:
+        texts: texts, or lists of words.
+        pairs: second texts.
+        tokenizer: of the backbone.
+        max_length: of a row in tokens.
+        **options: for the tokenizer.
     """
-    if columns.task == "causal_lm":
-        rows = [_language_row(example, tokenizer, max_length) for example in examples]
-        return Encoded(tuple(row for row, _ in rows), sum(cut for _, cut in rows))
-    texts = [example.text for example in examples]
-    pairs = [example.pair or "" for example in examples] if columns.pair else None
-    coded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
+    coded = tokenizer(texts, pairs, truncation=True, max_length=max_length, **options)
     names = [name for name in coded if name != "labels"]
-    rows = [
-        {name: coded[name][index] for name in names} | _labels(example)
-        for index, example in enumerate(examples)
-    ]
+    rows = [{name: coded[name][index] for name in names} for index in range(len(texts))]
     # The fast tokenizers keep what they cut off; a slow one can only be judged by its length.
     cut = [bool(item.overflowing) for item in coded.encodings] if coded.encodings else [
         len(row["input_ids"]) >= max_length for row in rows
     ]
-    return Encoded(tuple(rows), sum(cut))
-
-
-def _labels(example: Example) -> dict[str, Any]:
-    return {} if example.label is None else {"labels": example.label}
-
-
-def prompt_tokens(text: str, tokenizer: Any) -> list[int]:
-    """Return the tokens of a prompt, as training sees them before the target."""
-    return list(tokenizer(text + SEPARATOR)["input_ids"])
-
-
-def _language_row(example: Example, tokenizer: Any, limit: int) -> tuple[Row, bool]:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if example.label is None:
-        tokens = list(tokenizer(example.text)["input_ids"])
-        tokens += end if tokens[-1:] != end else []
-        row = tokens[:limit]
-        return {"input_ids": row, "attention_mask": [1] * len(row), "labels": row}, tokens != row
-    prompt = prompt_tokens(example.text, tokenizer)
-    target = list(tokenizer(str(example.label), add_special_tokens=False)["input_ids"]) + end
-    kept = target[: limit - 1]
-    # The end of a prompt is nearest to what is learnt, so its beginning gives way.
-    head = prompt[max(0, len(prompt) + len(kept) - limit):]
-    row = {
-        "input_ids": head + kept,
-        "attention_mask": [1] * (len(head) + len(kept)),
-        "labels": [IGNORED] * len(head) + kept,
-    }
-    return row, len(head) + len(kept) < len(prompt) + len(target)
+    return rows, cut
 
 
 def training_order(lengths: Sequence[int], batch: int, steps: int, seed: int) -> list[int]:
@@ -133,24 +103,51 @@ class Collator:
 
     Args:
         pad: token number to pad with.
-        regression: labels are quantities.
+        labels: type of the labels.
     """
 
-    def __init__(self, pad: int, *, regression: bool = False) -> None:
+    def __init__(self, pad: int, *, labels: torch.dtype = torch.long) -> None:
         self.fill = {"input_ids": pad, "labels": IGNORED}
-        self.label_type = torch.float32 if regression else torch.long
+        self.label_type = labels
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         """Return the batch as tensors; sequences are (B, T), other values (B,)."""
-        width = max(len(row["input_ids"]) for row in rows)
         batch: dict[str, torch.Tensor] = {}
         for name in rows[0]:
             values = [row[name] for row in rows]
             if isinstance(values[0], list):
-                fill = self.fill.get(name, 0)
+                fill, width = self.fill.get(name, 0), max(len(value) for value in values)
                 values = [value + [fill] * (width - len(value)) for value in values]
             kind = self.label_type if name == "labels" else torch.long
             batch[name] = torch.tensor(values, dtype=kind)
+        return batch
+
+
+class GroupCollator:
+    """Lays rows of several sequences under each other; ``members`` says which are whose.
+
+    Args:
+        pad: token number to pad with.
+        labels: type of the labels.
+    """
+
+    def __init__(self, pad: int, *, labels: torch.dtype = torch.long) -> None:
+        self.collate = Collator(pad)
+        self.label_type = labels
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        """Return sequences (N, T), ``members`` (N, 2): row and place in it, and labels (B,)."""
+        flat: list[Row] = []
+        members: list[tuple[int, int]] = []
+        for number, row in enumerate(rows):
+            names = [name for name in row if name != "labels"]
+            for place in range(len(row["input_ids"])):
+                flat.append({name: row[name][place] for name in names})
+                members.append((number, place))
+        batch = self.collate(flat) | {"members": torch.tensor(members)}
+        if "labels" in rows[0]:
+            labels = [row["labels"] for row in rows]
+            batch["labels"] = torch.tensor(labels, dtype=self.label_type)
         return batch
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg import pinvh
 from scipy.special import logsumexp, softmax
-from sklearn.covariance import EmpiricalCovariance
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peftref.backbone.hf import head_modules
 from peftref.errors import ArtifactError, BackboneError, DataError
-from peftref.training.encode import Collator, Row, batches_by_length
+from peftref.training.encode import Collate, Row, batches_by_length
 from peftref.training.inference import collator_of, rows_of
 from peftref.training.restore import Opened
 
@@ -63,7 +63,8 @@ class ClassGaussians:
     """A Gaussian for each class, with one covariance: the distance to the nearest mean.
 
     ``score(f) = min_c (f - m_c)^T S^-1 (f - m_c)``, ``S`` the mean over all rows of
-    ``(f - m_c)(f - m_c)^T``, by its pseudo-inverse (Lee et al. 2018, arXiv:1807.03888).
+    ``(f - m_c)(f - m_c)^T``, by its pseudo-inverse (Lee et al. 2018, arXiv:1807.03888). What a
+    norm has taken out of the features is rounding noise, and counts as no variance.
 
     Args:
         features: (N, d) of training rows.
@@ -75,15 +76,15 @@ class ClassGaussians:
         # Differences of large, near numbers are squared.
         wide = features.astype(np.float64)
         self.means = np.stack([wide[numbers == c].mean(axis=0) for c in range(len(known))])
-        self._covariance = EmpiricalCovariance(assume_centered=True)
-        self._covariance.fit(wide - self.means[numbers])
+        centred = wide - self.means[numbers]
+        noise = max(np.finfo(np.float64).eps, np.finfo(features.dtype).eps ** 2)
+        covariance = centred.T @ centred / len(centred)
+        self._inverse = pinvh(covariance, rtol=covariance.shape[0] * noise)
 
     def score(self, features: Array) -> Array:
         """Return the squared distance (N,) to the nearest mean."""
         centred = features.astype(np.float64)[:, None] - self.means
-        rows, classes, width = centred.shape
-        distances = self._covariance.mahalanobis(centred.reshape(-1, width))
-        return np.asarray(distances).reshape(rows, classes).min(axis=1)
+        return np.einsum("ncd,de,nce->nc", centred, self._inverse, centred, optimize=True).min(1)
 
 
 def detection(known: Array, foreign: Array) -> Detection:
@@ -122,7 +123,7 @@ def ood_scores(
     return {name: detection(of(known), of(foreign)) for name, of in measures.items()}
 
 
-def look(model: PreTrainedModel, rows: Sequence[Row], collate: Collator, batch: int) -> Seen:
+def look(model: PreTrainedModel, rows: Sequence[Row], collate: Collate, batch: int) -> Seen:
     """Return logits of rows and the features that the last linear of the head read.
 
     Raises:

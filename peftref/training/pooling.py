@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 from peftref.errors import BackboneError
 from peftref.training.settings import Pooling
 
-__all__ = ["choose_pooling", "masked_mean", "set_pooling"]
+__all__ = ["choose_pooling", "embedding_pooling", "masked_mean", "set_pooling"]
 
 Resolved = Literal["mean", "cls", "model"]
 _CLASSES: dict[tuple[type, str], type] = {}
@@ -78,6 +78,34 @@ def choose_pooling(
     return "mean", "pooling: mean, because the checkpoint has no trained pooler"
 
 
+def embedding_pooling(
+    model: PreTrainedModel, wanted: Pooling, checkpoint: str
+) -> tuple[Literal["mean", "cls"], str]:
+    """Return what a vector of a text is made of, and the reason for it, as a sentence.
+
+    Args:
+        model: a base model without a head.
+        wanted: what the run file says.
+        checkpoint: where the weights came from.
+
+    Raises:
+        BackboneError: the model reads and writes, or a pooling of its own is asked for.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise BackboneError(
+            f"{type(model).__name__} reads with an encoder and writes with a decoder; a vector of "
+            "a text takes an encoder or a decoder alone"
+        )
+    if wanted == "model":
+        raise BackboneError("pooling 'model' is of heads; a vector of a text takes mean or cls")
+    if wanted != "auto":
+        return wanted, f"pooling: {wanted}, as given"
+    stated = _sentence_transformers(checkpoint)
+    if stated is not None:
+        return stated, f"pooling: {stated}, as the checkpoint's sentence-transformers files say"
+    return "mean", "pooling: mean"
+
+
 def _reads_first_token(model: PreTrainedModel) -> bool:
     # Decoders score every token with `score` and take the last; BART has `classification_head`,
     # XLNet and XLM a `sequence_summary`; T5's classifier is `classification_head` too.
@@ -116,10 +144,10 @@ def set_pooling(model: PreTrainedModel, pooling: Resolved) -> None:
     """
     if pooling == "model":
         return
-    if hasattr(model.config, "classifier_pooling"):
+    base = model.base_model
+    if hasattr(model.config, "classifier_pooling") and base is not model:
         model.config.classifier_pooling = pooling
         return
-    base = model.base_model
     if getattr(base, "pooler", None) is not None:
         base.pooler = cast("Any", None)
     base.__class__ = _pooled_class(type(base), pooling)

@@ -124,6 +124,8 @@ def _task_head(artifact: Artifact) -> TaskHead:
     kind = str(artifact.info.get("backbone", {}).get("class", ""))
     if kind.endswith(("ForCausalLM", "LMHeadModel")):
         return TaskHead("causal_lm")
+    if kind.endswith("ForConditionalGeneration"):
+        return TaskHead("seq2seq")
     last = [value for value in artifact.head.values() if value.dim() == 2][-1:]
     if kind.endswith("ForSequenceClassification") and last:
         count = last[0].shape[0]

@@ -14,8 +14,9 @@ from peftref.errors import DataError
 
 __all__ = ["Cell", "Table", "read_splits"]
 
-# A list is text that is already cut into words.
-Cell = str | int | float | bool | list[str] | None
+# A list is text that is already cut into words, several labels, or a picture's rows of numbers; a
+# mapping or bytes are an encoded picture.
+Cell = str | int | float | bool | bytes | list[Any] | dict[str, Any] | None
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 SPLIT_NAMES = {
@@ -24,6 +25,7 @@ SPLIT_NAMES = {
     "test": "test",
 }
 EMBEDDED = {"trec6": "trec6.jsonl"}
+DIGITS = "digits"  # pictures of 8 x 8, packaged with scikit-learn
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,10 @@ def read_splits(source: str) -> dict[str, Table]:
         resource = files("peftref") / "data" / EMBEDDED[source]
         text = resource.read_text(encoding="utf-8").splitlines()
         return {"train": _table(source, _json_lines(source, text))}
+    if source == DIGITS:
+        from peftref.training.pictures import digits
+
+        return {"train": _table(source, iter(digits()))}
     path = Path(source).expanduser()
     if path.is_file():
         return {"train": _read_file(path)}
@@ -58,7 +64,7 @@ def read_splits(source: str) -> dict[str, Table]:
     if path.suffix in SUFFIXES or path.is_absolute() or source.startswith((".", "~")):
         raise DataError(
             f"No file or folder {source!r}. Give a {', '.join(SUFFIXES)} file, a folder of them "
-            f"named train, validation and test, or {', '.join(EMBEDDED)}"
+            f"named train, validation and test, or {', '.join((*EMBEDDED, DIGITS))}"
         )
     return _read_hub(source)
 
@@ -73,6 +79,8 @@ def _read_folder(folder: Path) -> dict[str, Table]:
             both = f"{found[name].name} and {path.name}"
             raise DataError(f"{folder}: both {both} are the {name} split; keep one")
         found[name] = path
+    if not found and _has_pictures(folder):
+        return _loaded(str(folder), "imagefolder", {"data_dir": str(folder)})
     if "train" not in found:
         names = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise DataError(
@@ -146,19 +154,36 @@ def _separated(source: str, text: str, delimiter: str) -> Iterator[tuple[int, ob
         yield reader.line_num, {name: row[name] for name in names}
 
 
+def _has_pictures(folder: Path) -> bool:
+    from peftref.training.pictures import SUFFIXES as PICTURES
+
+    files = (path for path in folder.glob("*/**/*") if path.suffix.lower() in PICTURES)
+    return next(files, None) is not None
+
+
 def _read_hub(source: str) -> dict[str, Table]:
+    name, _, configuration = source.partition(":")
+    return _loaded(source, name, {"name": configuration or None})
+
+
+def _loaded(source: str, name: str, options: Mapping[str, Any]) -> dict[str, Table]:
+    """Return what the `datasets` library gives for a name."""
     import datasets
 
-    name, _, configuration = source.partition(":")
+    shown = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
     try:
-        loaded = datasets.load_dataset(name, configuration or None)
+        loaded = datasets.load_dataset(name, **options)
     # The library raises whatever its readers, its cache and the network raise.
     except Exception as error:  # noqa: BLE001
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"{source!r} is no file, no folder and not {', '.join(EMBEDDED)}; as a data set name "
-            f"it could not be loaded: {first}"
+            f"{source!r} is no file, no folder and not {', '.join((*EMBEDDED, DIGITS))}; as a data "
+            f"set name it could not be loaded: {first}"
         ) from None
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
     splits: dict[str, Table] = {}
     for split, part in loaded.items():
         wanted = SPLIT_NAMES.get(str(split))
@@ -170,20 +195,30 @@ def _read_hub(source: str) -> dict[str, Table]:
 
 
 def _named(part: object) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of a `datasets.Dataset`, class numbers replaced by class names."""
+    """Yield the rows of a `datasets.Dataset`.
+
+    Class numbers are replaced by class names, in lists too; pictures stay encoded.
+    """
     import datasets
 
     assert isinstance(part, datasets.Dataset)
+    for column, feature in part.features.items():
+        if isinstance(feature, datasets.Image):
+            part = part.cast_column(column, datasets.Image(decode=False))
     classes = {
-        column: feature for column, feature in part.features.items()
-        if isinstance(feature, datasets.ClassLabel)
+        column: inner for column, feature in part.features.items()
+        if isinstance(inner := getattr(feature, "feature", feature), datasets.ClassLabel)
     }
     for row in part:
-        # -1 is the library's mark for a label that is withheld.
-        yield {
-            key: (classes[key].int2str(value) if value != -1 else None) if key in classes else value
-            for key, value in dict(row).items()
-        }
+        yield {key: _name(classes[key], value) if key in classes else value
+               for key, value in dict(row).items()}
+
+
+def _name(feature: Any, value: Any) -> Any:  # noqa: ANN401 - a number or a list of them
+    if isinstance(value, list):
+        return [_name(feature, each) for each in value]
+    # -1 is the library's mark for a label that is withheld.
+    return feature.int2str(value) if value is not None and value != -1 else None
 
 
 def _table(source: str, numbered: Iterator[tuple[int, object]] | enumerate[object]) -> Table:

@@ -1,22 +1,26 @@
-"""Loss, metrics and scores of a model on encoded rows; no randomness, no padding effects."""
+"""Loss, metrics and outputs of a model on encoded rows; no randomness, no padding effects."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peftref.training.encode import IGNORED, Collator, Row, batches_by_length
-from peftref.training.metrics import task_metrics
+from peftref.training.encode import Collate, Encoded, batches_by_length
 
-__all__ = ["class_scores", "score_rows"]
+if TYPE_CHECKING:
+    from peftref.training.tasks.base import Setup, Task
+
+__all__ = ["evaluating", "row_outputs", "score_rows"]
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Switch dropout and gradients off; leave no random stream moved."""
     training = model.training
     model.eval()
     try:
@@ -29,47 +33,44 @@ def _evaluating(model: nn.Module) -> Generator[None]:
 
 
 def score_rows(
-    model: PreTrainedModel, rows: Sequence[Row], collate: Collator, task: str, batch: int
+    model: PreTrainedModel, encoded: Encoded, task: Task, setup: Setup, batch: int
 ) -> dict[str, float]:
     """Return loss and metrics of labelled rows.
 
-    The loss is the mean over rows, or over scored tokens for a causal language model, whatever
+    The loss is the mean over rows, or over scored tokens where each token has a label, whatever
     the batches are.
     """
     total, weight = 0.0, 0
+    collate = task.collator(setup)
     outputs: dict[int, Tensor] = {}
-    with _evaluating(model):
-        for numbers in batches_by_length([len(row["input_ids"]) for row in rows], batch):
+    with evaluating(model):
+        for numbers in batches_by_length(encoded.lengths, batch):
             inputs = {
                 name: value.to(model.device)
-                for name, value in collate([rows[number] for number in numbers]).items()
+                for name, value in collate([encoded.rows[number] for number in numbers]).items()
             }
             result = model(**inputs)
-            scored = len(numbers)
-            if task == "causal_lm":
-                # The first token of a row has nothing that predicts it.
-                scored = int((inputs["labels"][:, 1:] != IGNORED).sum())
+            scored = task.weight(inputs)
             if scored:
                 total += float(result.loss) * scored
                 weight += scored
-            if task != "causal_lm":
-                outputs |= dict(zip(numbers, result.logits.float().cpu(), strict=True))
-    stacked = torch.stack([outputs[number] for number in range(len(rows))]) if outputs else None
-    labels = [row["labels"] for row in rows] if stacked is not None else []
-    return task_metrics(
-        task, total / max(weight, 1), labels, None if stacked is None else stacked.numpy()
-    )
+            rows = task.row_outputs(result, inputs)
+            if len(rows):
+                outputs |= zip(numbers, [row.float().cpu() for row in rows], strict=True)
+    ordered = [outputs[number] for number in range(len(encoded.rows))] if outputs else []
+    return task.measure(encoded.rows, ordered, total / max(weight, 1), setup)
 
 
-def class_scores(
-    model: PreTrainedModel, rows: Sequence[Row], collate: Collator, batch: int
-) -> Tensor:
-    """Return the head's output (N, C) for rows, in their order."""
+def row_outputs(
+    model: PreTrainedModel, encoded: Encoded, task: Task, collate: Collate, batch: int
+) -> list[Tensor]:
+    """Return what the task reads of the model for each row, in order; labels are not looked at."""
     outputs: dict[int, Tensor] = {}
-    with _evaluating(model):
-        for numbers in batches_by_length([len(row["input_ids"]) for row in rows], batch):
-            inputs = collate([rows[number] for number in numbers])
+    with evaluating(model):
+        for numbers in batches_by_length(encoded.lengths, batch):
+            inputs = collate([encoded.rows[number] for number in numbers])
             inputs = {name: value.to(model.device) for name, value in inputs.items()
                       if name != "labels"}
-            outputs |= dict(zip(numbers, model(**inputs).logits.float().cpu(), strict=True))
-    return torch.stack([outputs[number] for number in range(len(rows))])
+            rows = task.row_outputs(model(**inputs), inputs)
+            outputs |= zip(numbers, [row.float().cpu() for row in rows], strict=True)
+    return [outputs[number] for number in range(len(encoded.rows))]

@@ -27,7 +27,7 @@ from peftref.spec.composition import CompositionSpec
 from peftref.training.arguments import check_names, training_arguments
 from peftref.training.backbone import HeadState, TaskHead, load_backbone
 from peftref.training.data import load_data
-from peftref.training.encode import Collator, Encoded, encode, training_order
+from peftref.training.encode import Encoded, training_order
 from peftref.training.floor import HEAD_RATE, HeadOnly
 from peftref.training.metrics import main_metric, score
 from peftref.training.publish import check_free, checkpoints_of
@@ -36,6 +36,7 @@ from peftref.training.run import Progress, Run, SessionTrainer
 from peftref.training.saving import save_artifact
 from peftref.training.scoring import score_rows
 from peftref.training.settings import RunSettings
+from peftref.training.tasks.base import Setup, task_of
 from peftref.training.trainer import Trained, last_checkpoint
 
 __all__ = ["FitResult", "Order", "Progress", "TrainingSession"]
@@ -102,9 +103,9 @@ class TrainingSession:
         self.settings = settings
         self.on_step = on_step
         self.data = load_data(settings.data, settings.task)
-        self.task = self.data.columns.task
+        self.task = task_of(self.data.columns.task)
         self.metric = main_metric(self.task, settings.evaluation.metric)
-        head = TaskHead(self.task, self.data.label_names, settings.pooling)
+        head = TaskHead(self.task.name, self.data.label_names, settings.pooling)
         self.backbone = load_backbone(
             settings.backbone, head, dtype=settings.dtype, device=settings.device
         )
@@ -114,9 +115,10 @@ class TrainingSession:
         self._head = HeadState(self.model, names, self.backbone.fresh)
         self._head.reset(self.model, settings.seed)
         self.max_length = _length_limit(settings.max_length, self.model.config)
-        self.collate = Collator(
-            self.tokenizer.pad_token_id, regression=self.task == "regression"
+        self.setup = Setup(
+            self.tokenizer, self.data.columns, self.data.label_names, self.max_length
         )
+        self.collate = self.task.collator(self.setup)
         self._encoded: dict[str, Encoded] = {}
 
     @property
@@ -137,22 +139,21 @@ class TrainingSession:
     def encoded(self, split: str) -> Encoded:
         """Return a split as tokens; the work is done once."""
         if split not in self._encoded:
-            examples = self.data.split(split)
-            self._encoded[split] = encode(
-                examples, self.tokenizer, self.data.columns, self.max_length
-            )
+            self._encoded[split] = self.task.encode(self.data.split(split), self.setup)
         return self._encoded[split]
 
     def evaluate(self, adapted: Trained, split: str) -> dict[str, float]:
-        """Return loss and metrics of a split.
+        """Return loss and metrics of a split; those of written texts if a run is judged by one.
 
         Raises:
             DataError: there is no such split.
         """
-        size = self.settings.evaluation.batch_size
-        return score_rows(
-            adapted.model, self.encoded(split).rows, self.collate, self.task, size
-        )
+        size, model = self.settings.evaluation.batch_size, adapted.model
+        found = score_rows(model, self.encoded(split), self.task, self.setup, size)
+        if self.metric in self.task.written:
+            examples = self.data.split(split)
+            found |= self.task.measure_written(model, examples, self.setup, size)
+        return found
 
     def test(self, artifact: str | Path, split: str = "test") -> dict[str, float]:
         """Return loss and metrics of a saved artifact on a split of this session's data.

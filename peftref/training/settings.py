@@ -26,16 +26,27 @@ __all__ = [
 ]
 
 Model = TypeVar("Model", bound=Frozen)
-Task = Literal["auto", "classification", "regression", "causal_lm"]
+Task = Literal[
+    "auto", "classification", "regression", "multilabel", "token_classification",
+    "multiple_choice", "image_classification", "similarity", "retrieval", "seq2seq", "causal_lm",
+]
 Pooling = Literal["auto", "mean", "cls", "model"]
+
+
+def _listed(value: Any) -> Any:  # noqa: ANN401 - the loader's border
+    """One name stands for a list of it."""
+    return (value,) if isinstance(value, str) else value
 
 
 class DataSettings(Frozen):
     """Where the rows are and which columns mean what.
 
     ``source`` is a csv, tsv, json, jsonl or parquet file, a folder of such files named train,
-    validation (or dev) and test, the embedded ``trec6``, or a name that `datasets` knows
-    (``owner/name`` or ``owner/name:configuration``). Columns that are not given are inferred.
+    validation (or dev) and test, a folder of pictures in folders named for their class, the
+    embedded ``trec6`` or ``digits``, or a name that `datasets` knows (``owner/name`` or
+    ``owner/name:configuration``). Columns that are not given are inferred; which a task takes says
+    docs/tasks.md. ``separator`` cuts a text into labels. A row in which something is missing is an
+    error, or left out with ``drop_missing``.
     The fractions are taken from the training rows where the source has no such split; a test
     split is taken only when the source has neither. ``limit`` keeps that many training rows.
     """
@@ -45,6 +56,10 @@ class DataSettings(Frozen):
     pair: str | None = None
     label: str | None = None
     target: str | None = None
+    image: str | None = None
+    choices: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
+    separator: str | None = Field(default=None, min_length=1)
+    drop_missing: bool = False
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=0.5)
     test_fraction: float = Field(default=0.1, ge=0.0, lt=0.5)
     seed: int = 0

@@ -23,6 +23,7 @@ from peftref.errors import TrainingError
 from peftref.ir.plan import PlannedTensor
 from peftref.lowering.attach import root_state
 from peftref.procedures.base import Phase, Procedure
+from peftref.training.heads import averages_loss
 from peftref.training.schedule import joined_schedule
 
 __all__ = ["Trained", "last_checkpoint", "trainer"]
@@ -165,9 +166,9 @@ class AdaptedTraining(Trainer):
             raise TrainingError("the Trainer's model is not the model that was adapted")
         with _adapters_on_quantised(adapted.model):
             super().__init__(*args, **kwargs)
-        if type(adapted.model).__name__.endswith("ForSequenceClassification"):
-            # Classification heads take any keyword but average over the micro-batch, so the
-            # sum over micro-batches has to be divided by their number.
+        if averages_loss(adapted.model):
+            # These take any keyword but average over the micro-batch, so the sum over
+            # micro-batches has to be divided by their number.
             self.model_accepts_loss_kwargs = False
         self.add_callback(Moments(adapted, self._begin_phase))
 

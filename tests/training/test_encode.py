@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from peftref.training.backbone import load_tokenizer
 from peftref.training.columns import Columns
-from peftref.training.data import Example
-from peftref.training.encode import Collator, encode, training_order
+from peftref.training.encode import Collator, Encoded, training_order
+from peftref.training.example import Example
+from peftref.training.tasks.base import Setup, task_of
 from tests.training.assets import bert_folder, llama_folder
 
 
@@ -54,7 +55,13 @@ def test_a_batch_is_padded_to_its_longest_row() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 63, 63]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].dtype == torch.long
-    assert Collator(0, regression=True)(rows)["labels"].dtype == torch.float32
+    assert Collator(0, labels=torch.float32)(rows)["labels"].dtype == torch.float32
+
+
+def encode(
+    examples: list[Example], tokenizer: object, columns: Columns, length: int
+) -> Encoded:
+    return task_of(columns.task).encode(examples, Setup(tokenizer, columns, (), length))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +74,7 @@ def test_rows_that_are_cut_are_counted(folders: tuple[Path, Path]) -> None:
     tokenizer = load_tokenizer(str(folders[0]))
     examples = [Example(" ".join(["w1"] * count), None, 0) for count in (2, 6, 7, 30)]
     encoded = encode(examples, tokenizer, Columns("classification", "text"), 8)
-    assert encoded.lengths == [4, 8, 8, 8]  # [CLS] and [SEP] included
+    assert encoded.lengths == (4, 8, 8, 8)  # [CLS] and [SEP] included
     assert encoded.truncated == 2
 
 

@@ -15,8 +15,10 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -28,13 +30,27 @@ from peftref.errors import BackboneError
 
 __all__ = ["Task", "load_backbone", "meta_model", "quiet"]
 
-Task = Literal["classification", "regression", "causal_lm", "seq2seq_lm", "features"]
+Task = Literal[
+    "classification", "regression", "multilabel", "token_classification", "image_classification",
+    "causal_lm", "seq2seq_lm", "features",
+]
 AUTO: Mapping[Task, Any] = {
     "classification": AutoModelForSequenceClassification,
     "regression": AutoModelForSequenceClassification,
+    "multilabel": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+    "image_classification": AutoModelForImageClassification,
     "causal_lm": AutoModelForCausalLM,
     "seq2seq_lm": AutoModelForSeq2SeqLM,
     "features": AutoModel,
+}
+# Tasks whose head has an output a label, and what transformers calls their loss.
+PROBLEMS: Mapping[Task, str] = {
+    "classification": "single_label_classification",
+    "regression": "regression",
+    "multilabel": "multi_label_classification",
+    "token_classification": "single_label_classification",
+    "image_classification": "single_label_classification",
 }
 # What transformers raises for a wrong name, a damaged file, a wrong shape or a missing package.
 FAILURES = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
@@ -62,7 +78,7 @@ def meta_model(
     Args:
         source: a folder, a hub name or a configuration.
         task: which head.
-        num_labels: for ``classification``.
+        num_labels: for a head with an output a label.
 
     Raises:
         BackboneError: no such source, or the task does not fit it.
@@ -86,7 +102,7 @@ def load_backbone(
         source: a folder with ``config.json`` and ``*.safetensors``, one with a ``*.gguf``,
             ``minilm``, or a hub name.
         task: which head.
-        num_labels: for ``classification``.
+        num_labels: for a head with an output a label.
         dtype: of the loaded weights.
 
     Raises:
@@ -118,15 +134,14 @@ def _config(
     if task not in get_args(Task):
         raise BackboneError(f"Unknown task {task!r}. Available: {', '.join(get_args(Task))}")
     labels = 1 if task == "regression" and num_labels is None else num_labels
-    if (labels is not None) != (task in ("classification", "regression")):
+    if (labels is not None) != (task in PROBLEMS):
         state = "needs" if labels is None else "has no use for"
         raise BackboneError(f"Task {task!r} {state} num_labels (got {num_labels})")
     config = (copy.deepcopy(source) if isinstance(source, PreTrainedConfig)
               else _read_config(resolve_backbone(source)))
     if labels is not None:
         config.num_labels = labels
-        config.problem_type = ("regression" if task == "regression"
-                               else "single_label_classification")
+        config.problem_type = PROBLEMS[task]
     if task == "causal_lm" and getattr(config, "is_decoder", None) is False:
         config.is_decoder = True  # else BERT would attend to the tokens that it predicts
     return config
