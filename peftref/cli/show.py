@@ -11,10 +11,12 @@ import typer
 
 from peftref.cli.check import TaskName
 from peftref.cli.describe import describe_plan, describe_spec
+from peftref.cli.forecast import forecast, print_forecast
 from peftref.cli.sites import check_options, show_sites
 from peftref.cli.style import count, memory, note, print_json, print_table, print_text
 from peftref.errors import SpecError, unknown_name
 from peftref.ir.graph import AdapterGraph
+from peftref.ir.memory import Step
 from peftref.ir.plan import Plan
 from peftref.ir.printer import first_sites, print_graph
 from peftref.spec import load, to_yaml
@@ -40,7 +42,18 @@ def command(
         Path | None, typer.Option(metavar="FILE", help="Write the backbone's site row there.")
     ] = None,
     task: Annotated[TaskName, typer.Option(help="Head of the backbone.")] = "features",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens a step, for costs.")] = 1024,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a step, for costs; 1024, or --batch x length.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Rows a step: predict its memory and FLOPs.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=1, help="Tokens a row, with --batch.")] = 512,
+    time: Annotated[bool, typer.Option("--time", help="Time three steps here.")] = False,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of an epoch, with --time.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data set whose training rows make the epoch.")
+    ] = None,
     device: Annotated[
         str, typer.Option(metavar="NAME", help="Machine of the step: cpu, h100, a100.")
     ] = "cpu",
@@ -62,7 +75,8 @@ def command(
 
     The backbone's weights are not read, so this takes seconds for a model of any size.
     """
-    drawn = graph is not None or passes or after is not None
+    drawn = graph is not None or passes or after is not None or batch is not None
+    tokens = _tokens(tokens, batch, length, asked=time or rows is not None or data is not None)
     check_options(specification, backbone, compiled=drawn, yaml=yaml, sites=sites is not None,
                   save=save is not None)
     if specification is None:
@@ -89,6 +103,11 @@ def command(
         if after is not None and after not in texts:
             raise SpecError(unknown_name("pass", after, [each.name for each in plan.records]))
         described["plan"] = describe_plan(plan, tokens)
+        if batch is not None:
+            step = Step(batch, length, dtype or str(model.dtype).removeprefix("torch."), device)
+            described["forecast"] = forecast(
+                model, plan, task, step, rows=_rows_of(data) if data else rows, timed=time
+            )
     if json:
         print_json(described)
     elif after is not None:
@@ -97,8 +116,23 @@ def command(
         _print_spec(described)
         if plan is not None:
             _print_plan(backbone or "", described["plan"], passes=passes)
+            print_forecast(described.get("forecast"))
     if plan is not None and graph is not None:
         _draw(plan, graph)
+
+
+def _tokens(tokens: int | None, batch: int | None, length: int, *, asked: bool) -> int:
+    if batch is None and asked:
+        raise SpecError("--time, --rows and --data tell of a step: give --batch too")
+    return tokens or (batch * length if batch is not None else 1024)
+
+
+def _rows_of(data: str) -> int:
+    """Return the number of training rows of a data set."""
+    from peftref.training.data import load_data
+    from peftref.training.settings import DataSettings
+
+    return len(load_data(DataSettings(source=data), "auto").split("train"))
 
 
 def _draw(plan: Plan, path: Path) -> None:
@@ -178,7 +212,8 @@ def _print_plan(backbone: str, plan: Mapping[str, Any], *, passes: bool) -> None
         f"compute     {count(added)} FLOPs more in a forward pass of {cost['tokens']:,} tokens, "
         f"{share:.2%} of the backbone's linear modules\n"
         f"memory      {memory(cost['parameter_bytes'])} of parameters, "
-        f"{memory(cost['optimiser_bytes'])} of gradients and Adam moments (float32)"
+        f"{memory(cost['optimiser_bytes'])} of gradients and Adam moments, "
+        f"{memory(cost['activation_bytes'])} of activations (float32, no dropout)"
     )
     _print_properties(plan)
     if passes:
