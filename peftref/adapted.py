@@ -113,14 +113,15 @@ class Adapted:
     @property
     def head(self) -> dict[str, nn.Parameter]:
         """Trained tensors of the task head by full name."""
+        return {name: parameter for name, parameter in self._in_heads()
+                if parameter.requires_grad or name in self._resting}
+
+    def _in_heads(self) -> Iterator[tuple[str, nn.Parameter]]:
         heads = self.plan.table.head_modules
-        return {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if any(name.startswith(f"{head}.") or name == head for head in heads)
-            and f".{CHILD}." not in f".{name}"
-            and (parameter.requires_grad or name in self._resting)
-        }
+        for name, parameter in self.model.named_parameters():
+            inside = any(name.startswith(f"{head}.") or name == head for head in heads)
+            if inside and f".{CHILD}." not in f".{name}":
+                yield name, parameter
 
     def state_dict(self) -> dict[str, Tensor]:
         """Trained tensors and masks by full name; frozen random tensors are made from seeds."""
@@ -145,6 +146,8 @@ class Adapted:
                 raise ArtifactError(
                     f"{name}: shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
                 )
+            if tensor.is_floating_point() != own[name].is_floating_point():
+                raise ArtifactError(f"{name}: type {tensor.dtype}, expected {own[name].dtype}")
         with torch.no_grad():
             for name, tensor in self.tensors().items():
                 if name in state:
@@ -161,7 +164,7 @@ class Adapted:
         Raises:
             ArtifactError: the model has no such head, or one of another shape.
         """
-        own = dict(self.model.named_parameters())
+        own = dict(self._in_heads())
         for name, tensor in head.items():
             if name not in own or own[name].shape != tensor.shape:
                 found = tuple(own[name].shape) if name in own else "none"

@@ -200,6 +200,13 @@ def restore(
         raise ArtifactError(
             f"{path}: its tensors do not fit this model: {len(odd)} differ, first {odd[0]!r}"
         )
+    for tensor in plan.tensors:
+        stored = artifact.tensors.get(tensor.name)
+        if stored is not None and tuple(stored.shape) != tensor.spec.shape:
+            raise ArtifactError(
+                f"{path}: tensor {tensor.name!r} has shape {tuple(stored.shape)}, this model needs "
+                f"{tensor.spec.shape}"
+            )
     seed = int(artifact.info.get("seed", 0))
     adapted = Adapted(model, attach_plan(model, plan, name, seed), seed)
     try:

@@ -20,14 +20,14 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from peftref.errors import ArtifactError
-from peftref.spec import load
+from peftref.artifact.info import FORMAT, INFO, checked_file, read_info
+from peftref.errors import ArtifactError, SpecError
+from peftref.spec.canonical import canonical_composition
 from peftref.spec.composition import CompositionSpec
+from peftref.spec.loader import node_of, validated
 
 __all__ = ["FORMAT", "HEAD", "INFO", "TENSORS", "Artifact", "read", "replaced_folder"]
 
-FORMAT = 1
-INFO = "peftref.json"
 TENSORS = "adapter_model.safetensors"
 HEAD = "head/"
 
@@ -63,17 +63,9 @@ def read(path: str | Path) -> Artifact:
         ArtifactError: it is missing, truncated, of an unknown format or inconsistent.
     """
     folder = Path(path)
-    info = _read_info(folder)
-    if info.get("format") != FORMAT:
-        raise ArtifactError(
-            f"{folder / INFO}: format {info.get('format')!r} is not known to this version of "
-            f"peftref, which reads format {FORMAT}"
-        )
-    try:
-        composition = None if info["composition"] is None else load(info["composition"])
-        declared: dict[str, list[int]] = info["tensors"]
-    except KeyError as error:
-        raise ArtifactError(f"{folder / INFO}: the entry {error} is missing") from None
+    info = read_info(folder)
+    composition = None if info["composition"] is None else _locked(folder, info["composition"])
+    declared: dict[str, list[int]] = info["tensors"]
     stored = _read_tensors(folder)
     found = {name: list(tensor.shape) for name, tensor in stored.items()}
     if found != declared:
@@ -85,28 +77,27 @@ def read(path: str | Path) -> Artifact:
     return Artifact(folder, composition, tensors, head, info)
 
 
-def _read_info(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise ArtifactError(f"{folder}: no such folder; an artifact is a folder with {INFO}")
+def _locked(folder: Path, stated: Mapping[str, Any]) -> CompositionSpec:
+    """Return the composition, which is written out: it names no file and no technique."""
     try:
-        info = json.loads((folder / INFO).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{folder}: has no {INFO}, so it is no peftref artifact") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{folder / INFO}: is not whole JSON ({error})") from None
-    if not isinstance(info, dict):
-        raise ArtifactError(f"{folder / INFO}: must hold a JSON object")
-    return info
+        return validated(CompositionSpec, canonical_composition(node_of(stated)))
+    except SpecError as error:
+        raise ArtifactError(f"{folder / INFO}: the composition is wrong: {error}") from None
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    file = folder / TENSORS
+    file = checked_file(folder, TENSORS)
     try:
-        return safetensors.torch.load_file(file)
-    except FileNotFoundError:
-        raise ArtifactError(f"{folder}: has no {TENSORS}") from None
+        stored = safetensors.torch.load_file(file)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(f"{file}: cannot be read, it may be truncated ({error})") from None
+    for name, tensor in stored.items():
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            raise ArtifactError(
+                f"{file}: tensor {name!r} holds values that are no finite numbers; its training "
+                "diverged, or the file is damaged"
+            )
+    return stored
 
 
 def write_files(folder: Path, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
