@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peftref.backbone.site_table import SiteKind, SiteTable
+from peftref.ir.activations import kept_per_token, kept_weights
 from peftref.ir.edits import EditPlan, ModulePlan
 from peftref.ir.pattern import low_rank
 from peftref.ir.types import Stage
@@ -22,6 +23,8 @@ class Cost:
         backbone_forward_flops: those of the backbone's linear modules.
         parameter_bytes: float32 bytes of the trained tensors.
         optimiser_bytes: bytes of gradients and both Adam moments.
+        activation_bytes: what autograd keeps of a step, formed weights included, in float32 and
+            without dropout.
     """
 
     tokens: int
@@ -29,6 +32,7 @@ class Cost:
     backbone_forward_flops: int
     parameter_bytes: int
     optimiser_bytes: int
+    activation_bytes: int
 
     @classmethod
     def of(
@@ -45,7 +49,10 @@ class Cost:
         if prompts:
             rows = sum(_rows(edit) for edit in prompts)
             forward += _prompt_flops(table, prompts[0].write.site.stack, rows, tokens, sequences)
-        return cls(tokens, forward, tokens * _backbone_flops(table), 4 * trained, 12 * trained)
+        return cls(
+            tokens, forward, tokens * _backbone_flops(table), 4 * trained, 12 * trained,
+            4 * (tokens * kept_per_token(modules, table) + kept_weights(modules)),
+        )
 
 
 def _module_flops(module: ModulePlan, tokens: int) -> int:

@@ -256,6 +256,11 @@ class Primitive(ABC, Generic[A]):
         """Width of the output; the same as the input's unless overridden."""
         return self.place.d_in
 
+    @property
+    def kept(self) -> int:
+        """Elements a token of what its backward pass needs beside what it reads."""
+        return self.width
+
     def tensors(self) -> tuple[TensorSpec, ...]:
         """The tensors it needs, in the order that the torch forms take them."""
         return ()

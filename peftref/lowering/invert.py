@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,16 +13,13 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from peftref.errors import BackboneError
+from peftref.ir.activations import inversions
 from peftref.ir.types import Streams
 
 if TYPE_CHECKING:
     from peftref.lowering.state import CallContext
 
-__all__ = ["Parts", "Tape", "inversions", "invertible", "joined"]
-
-_ERROR = 1e-3
-"""Relative error of a reconstructed input that is accepted, if every inversion is the worst."""
-
+__all__ = ["Parts", "Tape", "invertible", "joined"]
 
 class Parts(Protocol):
     """The two functions of a layer."""
@@ -46,21 +42,6 @@ class Parts(Protocol):
 def joined(streams: Streams, y1: Tensor, y2: Tensor) -> Tensor:
     """Both streams side by side, as the next layer takes them."""
     return torch.cat((y2, y1) if streams.swaps else (y1, y2), -1)
-
-
-def inversions(streams: Streams, dtype: torch.dtype) -> int:
-    """Return how many layers in a row may be inverted: rounding grows by ``1 / (a b)`` in each.
-
-    The layer below keeps its input, from which those further down go on.
-    """
-    if streams.inversions is not None:
-        return streams.inversions
-    first, second = streams.scales
-    growth = 1 / (first * second)
-    if growth <= 1:
-        return streams.count
-    most = math.log(_ERROR / torch.finfo(dtype).eps) / math.log(growth)
-    return max(int(most + 1e-9), 0)
 
 
 @dataclass
@@ -131,7 +112,7 @@ def invertible(
     given = [leaves[i] for i in outer]
     leaves = [None if i in outer else leaf for i, leaf in enumerate(leaves)]
     draws = _Draws(x, context.masks)
-    most = inversions(streams, draws.dtype)
+    most = inversions(streams, torch.finfo(draws.dtype).eps)
     keeps = most < streams.count and streams.index % (most + 1) == 0
     run = _Run(streams, context, tape, parts, leaves, structure, outer, draws, keeps)
     return _Invertible.apply(run, len(given), x, *given, *trained)  # pyright: ignore[reportReturnType]

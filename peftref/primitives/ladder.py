@@ -59,13 +59,13 @@ class Ladder(Primitive[LadderArguments]):
                 f"ladder: reduction {arguments.reduction} times heads {arguments.heads} must "
                 f"divide the width {place.d_in}"
             )
-        if not self.kept:
+        if not self.kept_layers:
             raise CompositionError(
                 f"ladder: skip {arguments.skip} leaves none of {place.layers} layers; take 0"
             )
 
     @property
-    def kept(self) -> tuple[int, ...]:
+    def kept_layers(self) -> tuple[int, ...]:
         """The layers beside which a side layer stands."""
         skip = self.arguments.skip
         return tuple(i for i in range(self.place.layers) if not skip or i % skip)
@@ -74,7 +74,7 @@ class Ladder(Primitive[LadderArguments]):
         d, w = self.place.d_in, self.place.d_in // self.arguments.reduction
         wide = w * self.arguments.feedforward
         found = [*self._linear("first", w, d)]
-        for layer in self.kept:
+        for layer in self.kept_layers:
             own = f"layer_{layer}"
             found += [TensorSpec(f"{self.label}.{own}.gate", (), "zeros"),
                       *self._linear(f"{own}.down", w, d), *self._norm(f"{own}.norm_attention", w)]
@@ -98,6 +98,12 @@ class Ladder(Primitive[LadderArguments]):
     def algebra(self) -> Algebra:
         return Algebra(mixes_tokens=True, per_sample=True)
 
+    @property
+    def kept(self) -> int:
+        w = self.place.d_in // self.arguments.reduction
+        # Mixed, two norms and their results, q, k, v, what they give twice, wide and its GELU.
+        return self.width + len(self.kept_layers) * w * (11 + 2 * self.arguments.feedforward)
+
     def flops(self) -> int:
         return 2 * sum(spec.size for spec in self.tensors() if len(spec.shape) == 2)
 
@@ -109,7 +115,7 @@ class Ladder(Primitive[LadderArguments]):
 
         heads, stack, temperature = self.arguments.heads, self.place.stack, (
             self.arguments.temperature)
-        causal, kept = stack in ("decoder", "text"), self.kept
+        causal, kept = stack in ("decoder", "text"), self.kept_layers
 
         def side(s: Tensor, t: tuple[Tensor, ...], seen: Tensor | None) -> Tensor:
             h = layer_norm(s, s.shape[-1:], t[0], t[1])

@@ -185,7 +185,7 @@ def _kept(adapted: peftref.Adapted, rows: dict[str, Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits(adapted.model, rows)
+        adapted.model(**rows)
     return sum(seen.values())
 
 
@@ -198,6 +198,24 @@ def test_what_is_kept_does_not_grow_with_depth() -> None:
     assert deep == shallow < 12 * D * tokens
     every_fourth = _kept(_deep("meft", torch.float32), rows)
     assert every_fourth - shallow == 3 * 2 * D * tokens  # of layers 0, 4 and 8
+
+
+@pytest.mark.parametrize(("spec", "family"), [
+    *((spec, "bert") for spec in (
+        "full", "lora(rank=4)", "lora(rank=4, site='{attention,ffn}.*')", "parallel_adapter",
+        "lst", "lora(rank=4, layers='6:')", "meft", "meft(variant=halves)")),
+    ("meft", "llama"),  # whose norms and rotary embeddings are many small operations else
+])
+def test_predicted_activations_are_those_that_autograd_keeps(spec: str, family: str) -> None:
+    """Within a tenth, and what the head and the embeddings keep."""
+    width = 96
+    model = tiny(family, "features", hidden_size=width, intermediate_size=4 * width,
+                 num_hidden_layers=12, max_position_embeddings=64)
+    adapted = peftref.attach(model, spec)
+    ids = torch.randint(3, 90, (4, 48))
+    kept = _kept(adapted, {"input_ids": ids}) * 4
+    stated = adapted.plan.cost(ids.numel()).activation_bytes
+    assert abs(kept - stated) < 0.1 * stated + 4 * 4 * ids.numel() * width
 
 
 def test_two_calls_and_a_second_backward_pass() -> None:
