@@ -31,7 +31,9 @@ __all__ = ["Assembly", "Built"]
 
 Given = dict[str, Node]
 DEEPEST_USE = 24
-_NAMES_MEMBERS = ("members", "train", "rewind")
+_NAMES_MEMBERS = frozenset(
+    ("members", "member", "train", "rewind", "encoder", "decoder", "teacher", "student")
+)
 
 
 @dataclass(frozen=True, slots=True)
