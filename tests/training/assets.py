@@ -15,11 +15,15 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
 )
 
 from peftref.training.settings import RunSettings
 
-__all__ = ["bert_folder", "llama_folder", "run_settings", "write_rows"]
+__all__ = ["bert_folder", "llama_folder", "run_settings", "t5_folder", "vit_folder", "write_rows"]
 
 WORDS = [f"w{number}" for number in range(60)]
 USUAL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -46,11 +50,14 @@ def _tokenizer(*, decoder: bool) -> PreTrainedTokenizerFast:
     )
 
 
-def bert_folder(folder: Path, *, pooler: bool = False, dropout: float = 0.1) -> Path:
+def bert_folder(
+    folder: Path, *, pooler: bool = False, dropout: float = 0.1, layers: int = 2
+) -> Path:
     """Write a random BERT; with dropout, so that random streams matter."""
     torch.manual_seed(0)
     config = BertConfig(vocab_size=64, hidden_dropout_prob=dropout,
-                        attention_probs_dropout_prob=dropout, **USUAL)
+                        attention_probs_dropout_prob=dropout,
+                        **{**USUAL, "num_hidden_layers": layers})
     BertModel(config, add_pooling_layer=pooler).save_pretrained(folder)
     _tokenizer(decoder=False).save_pretrained(folder)
     return folder
@@ -63,6 +70,26 @@ def llama_folder(folder: Path) -> Path:
                          pad_token_id=None, **USUAL)
     LlamaForCausalLM(config).save_pretrained(folder)
     _tokenizer(decoder=True).save_pretrained(folder)
+    return folder
+
+
+def t5_folder(folder: Path) -> Path:
+    """Write a random T5 that ends texts as its tokenizer does."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4,
+                      decoder_start_token_id=0, pad_token_id=0, eos_token_id=3)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    _tokenizer(decoder=False).save_pretrained(folder)
+    return folder
+
+
+def vit_folder(folder: Path, size: int = 8) -> Path:
+    """Write a random ViT without a preprocessor's file."""
+    torch.manual_seed(0)
+    config = ViTConfig(image_size=size, patch_size=2, hidden_size=32, num_hidden_layers=1,
+                       num_attention_heads=4, intermediate_size=64,
+                       initializer_range=0.2)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
     return folder
 
 
