@@ -36,6 +36,18 @@ def test_scores_are_their_definitions() -> None:
     np.testing.assert_allclose(ClassGaussians(features, labels).score(other), nearest, rtol=1e-9)
 
 
+def test_a_direction_of_rounding_noise_does_not_count() -> None:
+    """A norm fixes the sum of its outputs, so that features of 32 bits leave noise there."""
+    draw = np.random.default_rng(2)
+    features = draw.normal(size=(50, 4)).astype(np.float32)
+    other = draw.normal(size=(6, 4)).astype(np.float32)
+    labels = [number % 3 for number in range(50)]
+    noisy, far = (np.hstack([rows, np.float32(size) * draw.normal(size=(len(rows), 1))])
+                  .astype(np.float32) for rows, size in ((features, 1e-8), (other, 1e-6)))
+    expected = ClassGaussians(features, labels).score(other)
+    np.testing.assert_allclose(ClassGaussians(noisy, labels).score(far), expected, rtol=1e-5)
+
+
 def test_detection_counts_pairs_and_rows() -> None:
     draw = np.random.default_rng(1)
     known = draw.integers(0, 40, 60).astype(float)  # with ties
