@@ -14,6 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
+.PHONY: fuzz hostile-table
 .PHONY: help demo test test-slow check lint types imports catalogue specs kernels-aot gpu-check nightly bench clean
 
 help:
@@ -62,6 +63,14 @@ catalogue: $(VENV)/.dev
 
 specs: $(VENV)/.dev
 	$(BIN)/peftref check --backbone minilm $$(find specs compositions -name '*.yaml' | sort)
+
+hostile-table: $(VENV)/.dev
+	$(BIN)/python -m tests.hostile.table
+
+# Ten minutes of random input, other than last time; any error that is not ours ends it.
+fuzz: $(VENV)/.dev
+	end=$$(( $$(date +%s) + 600 )); while [ $$(date +%s) -lt $$end ]; do \
+	  HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q tests/hostile/test_fuzz.py || exit 1; done
 
 # Every kernel compiled for GPUs that need not be there: registers, stack, spills, shared memory.
 kernels-aot: $(VENV)/.dev

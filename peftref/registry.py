@@ -176,7 +176,7 @@ def load_plugin(path: str | Path) -> None:
     except PeftRefError:
         del sys.modules[name]
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise SpecError(f"Plugin {str(path)!r} failed: {type(error).__name__}: {error}") from error
     _plugins[file] = name

@@ -118,6 +118,8 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     Raises:
         ArtifactError: ``path`` is a file, a folder of something else, or cannot be written.
     """
+    if path.is_symlink():
+        path = path.resolve()  # the link stays, and what it leads to is replaced
     if path.exists() and not path.is_dir():
         raise ArtifactError(f"{path}: is a file; give a folder")
     if path.is_dir() and any(path.iterdir()) and not (path / INFO).exists():
@@ -136,10 +138,12 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         try:
             fresh.rename(path)
         except OSError:
-            if old.exists():
+            if old.exists() and not path.exists():  # else another writer was faster
                 old.rename(path)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        finally:
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:

@@ -53,8 +53,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(error, SitesError):
             sys.stderr.write(_save_draft(error))
         sys.exit(2)
+    except (OSError, MemoryError, RecursionError) as error:
+        # A full disk, a missing right, a path or value beyond what the machine can hold.
+        if os.environ.get("PEFTREF_DEBUG"):
+            raise
+        sys.stderr.write(f"error: {_of_the_machine(error)}\n")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _of_the_machine(error: OSError | MemoryError | RecursionError) -> str:
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror or error}"[:400]
+    return "memory is full" if isinstance(error, MemoryError) else "something is nested too deep"
 
 
 def _save_draft(error: SitesError) -> str:

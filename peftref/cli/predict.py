@@ -64,6 +64,8 @@ def _rows(lines: TextIO, name: str) -> Iterator[dict[str, Any]]:
             row = json_format.loads(line)
         except json_format.JSONDecodeError as error:
             raise DataError(f"{name}:{number}: not a JSON object: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{name}:{number}: not a JSON object: {error}") from None
         if not isinstance(row, dict):
             raise DataError(f"{name}:{number}: expected an object such as {{'text': '...'}}")
         yield row

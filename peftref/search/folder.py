@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel
 
-from peftref.errors import SearchError
+from peftref.errors import SearchError, SpecError
 from peftref.search.settings import SearchRun
-from peftref.spec.loader import parse_yaml, to_text, validated
+from peftref.spec.loader import node_of, read_yaml, to_text, validated
 
 __all__ = ["RunFolder", "identity", "read_state"]
 
@@ -29,6 +30,23 @@ __all__ = ["RunFolder", "identity", "read_state"]
 _FREE = frozenset({"trials", "budget", "workers", "executor", "confirm_seeds"})
 
 _PATIENCE = 1.0  # seconds: `status` holds the lock for a moment to see whether anyone else does
+
+
+class _State(BaseModel):
+    """What a watcher needs of the live state."""
+
+    phase: str
+    elapsed: float
+    budget: float | None
+    trials: int | None
+    trained: int
+    duplicate: int
+    infeasible: int
+    failed: int
+    lost: int
+    running: tuple[Mapping[str, Any], ...]
+    recent: tuple[Mapping[str, Any], ...]
+    front: tuple[Mapping[str, Any], ...]
 
 
 def identity(run: SearchRun) -> str:
@@ -126,7 +144,7 @@ def read_settings(path: Path) -> SearchRun:
     file = path / "settings.yaml"
     if not file.is_file():
         raise SearchError(f"{path} is not the folder of a search: it has no settings.yaml.")
-    return validated(SearchRun, parse_yaml(file.read_text(encoding="utf-8"), str(file)))
+    return validated(SearchRun, read_yaml(file))
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -138,7 +156,8 @@ def read_state(path: Path) -> dict[str, Any]:
     file = path / "state.json"
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        validated(_State, node_of(state))
+    except (OSError, ValueError, RecursionError, SpecError) as error:
         raise SearchError(
             f"{path} has no readable state.json: not the folder of a search, or a search that "
             "has not started yet."

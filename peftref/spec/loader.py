@@ -24,8 +24,8 @@ from ruamel.yaml.nodes import Node as YamlNode
 
 from peftref.errors import Mark, SpecError, unknown_name
 
-__all__ = ["LARGEST_DOCUMENT", "Node", "node_of", "parse_value", "parse_yaml", "plain", "read_yaml",
-           "to_text", "validated"]
+__all__ = ["DEEPEST", "LARGEST_DOCUMENT", "Node", "node_of", "parse_value", "parse_yaml", "plain",
+           "read_yaml", "to_text", "validated"]
 
 LARGEST_DOCUMENT = 1 << 18  # a spec is a page; a megabyte is a mistake or an attack
 DEEPEST = 40

@@ -119,6 +119,8 @@ def _json_list(source: str, text: str) -> Iterator[tuple[int, object]]:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{source}:{error.lineno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits; nested too deep
+        raise DataError(f"{source}: not JSON that can be read: {error}") from None
     if not isinstance(content, list):
         raise DataError(f"{source}: expected a list of objects, found {type(content).__name__}")
     yield from enumerate(content, start=1)
@@ -132,6 +134,8 @@ def _json_lines(source: str, lines: Sequence[str]) -> Iterator[tuple[int, object
             yield number, json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{source}:{number}: not a JSON object: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{source}:{number}: not a JSON object: {error}") from None
 
 
 def _separated(source: str, text: str, delimiter: str) -> Iterator[tuple[int, object]]:

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from peftref.backbone.family import Family, read_family
 from peftref.errors import SpecError
 from peftref.spec.base import Frozen, Scalar
-from peftref.spec.loader import Node, node_of, parse_value, read_yaml, to_text, validated
+from peftref.spec.loader import DEEPEST, Node, node_of, parse_value, read_yaml, to_text, validated
 
 __all__ = [
     "DataSettings",
@@ -124,14 +124,14 @@ class RunSettings(Frozen):
     pooling: Pooling = "auto"
     learning_rate: float | None = Field(default=None, gt=0.0)
     head_learning_rate: float | None = Field(default=None, gt=0.0)
-    steps: int | None = Field(default=None, ge=1)
-    epochs: float | None = Field(default=None, gt=0.0)
-    batch_size: int = Field(default=32, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=10_000_000)
+    epochs: float | None = Field(default=None, gt=0.0, le=100_000.0)
+    batch_size: int = Field(default=32, ge=1, le=65_536)
     max_length: int = Field(default=128, ge=2)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 32)  # what every library's generator takes
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str | None = None
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=4096)
     evaluation: EvaluationSettings = EvaluationSettings()
     output: str | None = None
     arguments: Mapping[str, Scalar | Mapping[str, Any]] = Field(default_factory=dict)
@@ -187,6 +187,8 @@ def _laid_over(node: Node, way: Sequence[str], value: object, source: str) -> No
     """Return ``node`` with ``value`` at the dotted way; ``steps`` and ``epochs`` replace."""
     if not way:
         return node_of(value)
+    if len(way) > DEEPEST:
+        raise SpecError(f"{source[:60]!r} names a field more than {DEEPEST} levels deep")
     if not node.is_mapping:
         raise SpecError(f"{source!r} names a field inside {node.value!r}, which has none")
     content: dict[str, Node] = dict(node.value)
