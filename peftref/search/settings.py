@@ -32,7 +32,7 @@ def seconds(value: Any) -> Any:  # noqa: ANN401 - the loader's border
 
 def _share(value: Any) -> Any:  # noqa: ANN401 - the loader's border
     """Check a parameter limit: a count, or a share of the backbone such as ``1%``."""
-    if isinstance(value, str) and value.strip().isdecimal():
+    if isinstance(value, str) and value.strip().isdecimal() and len(value.strip()) < 19:
         return int(value)
     if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?\s*%", value.strip()):
         raise ValueError(f"a parameter limit is a count or a share such as '1%', not {value!r}")
@@ -103,16 +103,16 @@ class SearchSettings(Frozen):
     """
 
     space: SpaceSettings = SpaceSettings()
-    trials: int | None = Field(default=None, ge=1)
+    trials: int | None = Field(default=None, ge=1, le=1_000_000)
     budget: Annotated[
         float | None, BeforeValidator(seconds, json_schema_input_type=float | str | None)
-    ] = Field(default=None, gt=0.0)
+    ] = Field(default=None, gt=0.0, le=1e9)
     max_parameters: Annotated[int | str | None, BeforeValidator(_share)] = None
     servable: tuple[str, ...] = ()
     sampler: SamplerName = "auto"
     baseline_sizes: int = Field(default=1, ge=1, le=3)
     confirm_seeds: int = Field(default=3, ge=0)
-    workers: int = Field(default=2, ge=1)
+    workers: int = Field(default=2, ge=1, le=1024)
     executor: Literal["inline", "processes"] = "processes"
 
     @model_validator(mode="after")
