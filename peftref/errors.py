@@ -8,6 +8,7 @@
     ├── MergeError          something cannot be folded into the backbone
     ├── DataError           data set, column or label problem
     ├── TrainingError       training went wrong (not a number, lost procedure)
+    │   └── DeviceMemoryError  not even the smallest batch fits into memory
     ├── ArtifactError       a saved folder is missing, damaged or foreign
     └── SearchError         a study cannot start, resume or go on
 
@@ -26,6 +27,7 @@ __all__ = [
     "BackboneError",
     "CompositionError",
     "DataError",
+    "DeviceMemoryError",
     "Mark",
     "MergeError",
     "PeftRefError",
@@ -92,6 +94,10 @@ class DataError(PeftRefError):
 
 class TrainingError(PeftRefError):
     """Training went wrong or would lose something."""
+
+
+class DeviceMemoryError(TrainingError):
+    """The device's memory does not hold a step, however the batch is divided."""
 
 
 class ArtifactError(PeftRefError):

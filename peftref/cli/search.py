@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from peftref.cli.progress import Screen
-from peftref.cli.style import note, print_json, print_table, print_text
+from peftref.cli.style import memory, note, print_json, print_table, print_text
 from peftref.errors import SpecError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from peftref.search.purchase import Purchase
     from peftref.search.settings import SearchRun
 
 __all__ = ["command", "print_result"]
@@ -42,6 +46,19 @@ def command(
     max_params: Annotated[
         str | None, typer.Option(help="Most trainable parameters: a count, or 1% of the backbone.")
     ] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Most memory of a training step, as predicted: 24GiB.")
+    ] = None,
+    require: Annotated[
+        str | None, typer.Option(help="Servable so: merged, peft, vllm; several with commas.")
+    ] = None,
+    objectives: Annotated[
+        str | None,
+        typer.Option(help="Of the front: quality,parameters,step_time,memory,latency."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what the budget buys.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Trainings at once.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of proposals and trainings.")] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; resumed if it exists.")] = None,
@@ -63,15 +80,57 @@ def command(
     flags: dict[str, object] = {
         "backbone": backbone, "data": data, "seed": seed, "search.trials": trials,
         "search.budget": budget, "search.max_parameters": max_params, "search.workers": workers,
+        "search.memory": gpu_memory, "search.servable": _words(require),
+        "search.objectives": _words(objectives),
         "output": str(output) if output is not None else None,
         "sites": str(sites) if sites is not None else None,
     }
-    _search(load_run(file or run, space, flags, assignments or []), json=json)
+    settings = load_run(file or run, space, flags, assignments or [])
+    # The driver's sampler must not take the cores of the workers; read when torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if dry_run or budget is not None or gpu_memory is not None:
+        bought = _bought(settings)
+        if dry_run:
+            print_json(asdict(bought)) if json else print_purchase(bought, settings, print_text)
+            return
+        print_purchase(bought, settings, note)
+    _search(settings, json=json)
+
+
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",")]
+
+
+def _bought(run: SearchRun) -> Purchase:
+    from peftref.search.purchase import purchase
+    from peftref.search.run import parameter_limit
+    from peftref.search.screen import BackboneScreen
+
+    screen = BackboneScreen(run)
+    return purchase(run, screen, parameter_limit(run, screen))
+
+
+def print_purchase(bought: Purchase, run: SearchRun, say: Callable[[str], None]) -> None:
+    """Say what a budget buys, a line at a time."""
+    if bought.candidates is None:
+        say("Nothing limits the number of candidates.")
+    else:
+        start = f"{run.search.budget:.0f} s buy" if run.search.budget is not None else "This is"
+        say(f"{start} {bought.candidates} candidates of {bought.steps:,} steps each "
+            f"({bought.candidate_seconds:.1f} s a training) with {run.search.workers} at once; "
+            f"{bought.finals_seconds:.0f} s are kept for confirmation and test.")
+    say(f"A step takes {bought.step_seconds:.3g} s, measured here alone with {bought.timed}.")
+    low, high = (memory(each) for each in bought.memory)
+    limit = "" if run.search.memory is None else f", limit {memory(run.search.memory)}"
+    say(f"A step needs {low} to {high} as predicted{limit}.")
+    if bought.candidates is not None and bought.candidates < bought.baselines:
+        say(f"That is fewer than the {bought.baselines} single techniques that are tried first: "
+            "allow more time or take fewer steps.")
+    for name, problem in bought.refused:
+        say(f"Infeasible: {name}: {problem}")
 
 
 def _search(run: SearchRun, *, json: bool) -> None:
-    # The driver's sampler must not take the cores of the workers; read when torch is imported.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from peftref.search.run import default_folder, model_tools, search
 
     folder = Path(run.output) if run.output is not None else default_folder(run)

@@ -119,6 +119,8 @@ class Driver:
             result = {**event.data, "finished": self._clock.now, "worker": event.worker}
             record = self._study.finish(number, result)
             self._clock.took(record.seconds)
+        elif event.data.get("memory"):
+            self._study.forbid(number, str(event.data["error"]), self._clock.now)
         else:
             self._study.fail(number, str(event.data["error"]), self._clock.now)
 
@@ -150,7 +152,7 @@ class Driver:
         """Keep the artifacts of the front and of the best, and drop the others."""
         best = self._best()
         self._study.note("best", {"number": best[0].number, "seed": best[2]})
-        front = front_of(self._study.records.values())
+        front = front_of(self._study.records.values(), self._run.search.objectives)
         self._folder.clear("front")
         for place, record in enumerate(front, 1):
             name = "-".join(record.members) or "head"
@@ -196,7 +198,9 @@ class Driver:
         self._work(lambda: next(jobs, None), done)
 
     def _fit(self, name: str, record: Record, folder: Path, seed: int) -> Job:
-        return Job(name, "fit", record.composition, str(folder), rate=record.rate, seed=seed)
+        latency = "latency" in self._run.search.objectives
+        return Job(name, "fit", record.composition, str(folder), rate=record.rate, seed=seed,
+                   latency=latency)
 
     @property
     def _workers(self) -> Executor:

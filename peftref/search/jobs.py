@@ -27,6 +27,7 @@ class Job:
         seed: of initialisation, order of the data and dropout.
         steps: optimiser steps; None: as the settings say.
         attempt: how often a worker was lost with this job.
+        latency: whether to time one row through the trained model.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Job:
     seed: int = 0
     steps: int | None = None
     attempt: int = 0
+    latency: bool = False
 
     def to_json(self) -> str:
         """Return the job as JSON text."""

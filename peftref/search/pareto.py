@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Point", "dominates", "front", "hypervolume"]
+__all__ = ["Point", "dominates", "front", "hypervolume", "undominated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,22 @@ def front(points: Sequence[Point]) -> list[int]:
         if points[index].score > best:
             kept.append(index)
             best = points[index].score
+    return kept
+
+
+def undominated(losses: Sequence[tuple[float, ...]]) -> list[int]:
+    """Return the indices of the vectors, less is better, that no other one dominates.
+
+    Of equal vectors the first is kept.
+    """
+    kept: list[int] = []
+    for index, own in enumerate(losses):
+        beaten = any(
+            all(a <= b for a, b in zip(other, own, strict=True)) and (other != own or rank < index)
+            for rank, other in enumerate(losses) if rank != index
+        )
+        if not beaten:
+            kept.append(index)
     return kept
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from peftref.search.pareto import Point, front
+from peftref.search.pareto import undominated
+from peftref.search.settings import Objective
 
-__all__ = ["Outcome", "Record", "best_of_kind", "front_of"]
+__all__ = ["Outcome", "Record", "best_of_kind", "front_of", "losses_of"]
 
 Outcome = Literal["running", "trained", "duplicate", "infeasible", "failed", "interrupted"]
 
@@ -29,6 +30,10 @@ class Record:
         loss: last validation loss.
         curve: pairs of step and validation loss.
         seconds: wall time of the training.
+        memory: bytes of a training step, predicted; 0: unknown.
+        step_time: seconds of a usual step of its training; 0: unknown.
+        latency: seconds of one row through the trained model; 0: not measured.
+        micro_batch: rows at once where the batch had to be divided; 0: all of it.
         error: why it is infeasible or failed.
         started: seconds of the search's own clock, as ``finished``.
     """
@@ -49,6 +54,10 @@ class Record:
     error: str = ""
     started: float = 0.0
     finished: float = 0.0
+    memory: int = 0
+    step_time: float = 0.0
+    latency: float = 0.0
+    micro_batch: int = 0
 
     @property
     def kind(self) -> Literal["floor", "single", "hybrid"]:
@@ -71,11 +80,24 @@ class Record:
         return cls(**{**data, **lists})
 
 
-def front_of(records: Iterable[Record]) -> list[Record]:
+def losses_of(record: Record, objectives: Sequence[Objective]) -> tuple[float, ...]:
+    """Return what each objective says of a trained record, less is better."""
+    found: dict[Objective, float] = {
+        "quality": -(record.score or 0.0), "parameters": record.parameters,
+        "step_time": record.step_time, "memory": record.memory, "latency": record.latency,
+    }
+    return tuple(found[name] for name in objectives)
+
+
+def front_of(
+    records: Iterable[Record], objectives: Sequence[Objective] = ("quality", "parameters")
+) -> list[Record]:
     """Return the trained records that no other one dominates, cheapest first."""
     trained = [record for record in records if record.score is not None]
-    points = [Point(r.score if r.score is not None else 0.0, r.parameters) for r in trained]
-    return [trained[index] for index in front(points)]
+    kept = undominated([losses_of(record, objectives) for record in trained])
+    return sorted(
+        (trained[index] for index in kept), key=lambda r: (r.parameters, -(r.score or 0.0))
+    )
 
 
 def best_of_kind(records: Iterable[Record], kind: str | None = None) -> list[Record]:

@@ -21,7 +21,7 @@ from peftref.search.settings import SearchRun
 from peftref.search.study import Rules, Screen, Study, open_study
 from peftref.search.worker import SessionFactory, model_session
 
-__all__ = ["Tools", "default_folder", "model_tools", "search"]
+__all__ = ["Tools", "default_folder", "model_tools", "parameter_limit", "search"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,12 @@ def search(run: SearchRun, path: Path, tools: Tools, watch: Watcher) -> dict[str
     if not run.search.space.techniques:
         raise SearchError("The search space is empty: 'search.space.techniques' names none.")
     with RunFolder(path, run) as folder:
-        study = open_study(folder.url, create=True)
+        study = open_study(folder.url, create=True, objectives=run.search.objectives)
         screen = tools.screen(run)
         space = build_space(run.search.space, screen.layers)
         rules = Rules(
-            _limit(run, screen), run.search.sampler, run.search.trials, run.seed,
-            run.search.baseline_sizes,
+            parameter_limit(run, screen), run.search.sampler, run.search.trials, run.seed,
+            run.search.baseline_sizes, run.search.memory, run.search.objectives,
         )
         try:
             book = Study(study, space, rules, screen)
@@ -85,7 +85,8 @@ def _executor(run: SearchRun, tools: Tools) -> Executor:
     return open_executor(run.search.executor, tools.factory, settings, run.search.workers)
 
 
-def _limit(run: SearchRun, screen: Screen) -> int | None:
+def parameter_limit(run: SearchRun, screen: Screen) -> int | None:
+    """Return the most trainable parameters as a count."""
     limit = run.search.max_parameters
     if isinstance(limit, str):
         return int(float(limit.strip().removesuffix("%")) / 100 * screen.parameters)

@@ -11,12 +11,16 @@ from pydantic import BeforeValidator, Field, model_validator
 from peftref.spec.base import Frozen, Scalar
 from peftref.training.settings import RunSettings
 
-__all__ = ["Choice", "SamplerName", "SearchRun", "SearchSettings", "SpaceSettings", "seconds"]
+__all__ = ["Choice", "Objective", "SamplerName", "SearchRun", "SearchSettings", "SpaceSettings",
+           "seconds", "size"]
 
 SamplerName = Literal["auto", "gp", "tpe", "nsga2", "random"]
+Objective = Literal["quality", "parameters", "step_time", "memory", "latency"]
 
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTkmgt])(i)?[Bb]")
 
 
 def seconds(value: Any) -> Any:  # noqa: ANN401 - the loader's border
@@ -28,6 +32,17 @@ def seconds(value: Any) -> Any:  # noqa: ANN401 - the loader's border
         raise ValueError(f"a duration is written 90s, 8m or 1h30m, not {value!r}")
     pairs = zip(match.groups(), _UNITS.values(), strict=True)
     return sum(float(n) * unit for n, unit in pairs if n)
+
+
+def size(value: Any) -> Any:  # noqa: ANN401 - the loader's border
+    """Return ``"24GiB"``, ``"512 MiB"`` or ``"24GB"`` in bytes; anything else as it is."""
+    if not isinstance(value, str) or value.strip().isdecimal():
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"a memory is written 24GiB, 512MiB or 24GB, not {value!r}")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** (" KMGT".index(match[2].upper())))
 
 
 def _share(value: Any) -> Any:  # noqa: ANN401 - the loader's border
@@ -94,6 +109,11 @@ class SearchSettings(Frozen):
         trials: candidates to train, baselines included; None: as many as the budget allows.
         budget: wall time of everything, also confirmation and test; ``8m``.
         max_parameters: trainable parameters without the head; a count or ``1%`` of the backbone.
+        memory: most bytes of a training step as predicted (``24GiB``); what needs more is not
+            tried.
+        objectives: what the front weighs: ``quality`` (the score), trainable ``parameters``,
+            seconds a step (``step_time``), predicted peak ``memory``, seconds of one row
+            (``latency``).
         servable: forms in which every candidate must be servable, such as ``merged``.
         sampler: ``auto``: gp up to 250 trials, else tpe.
         baseline_sizes: sizes at which each single technique is tried first.
@@ -108,12 +128,22 @@ class SearchSettings(Frozen):
         float | None, BeforeValidator(seconds, json_schema_input_type=float | str | None)
     ] = Field(default=None, gt=0.0, le=1e9)
     max_parameters: Annotated[int | str | None, BeforeValidator(_share)] = None
+    memory: Annotated[
+        int | None, BeforeValidator(size, json_schema_input_type=int | str | None)
+    ] = Field(default=None, gt=0)
+    objectives: tuple[Objective, ...] = ("quality", "parameters")
     servable: tuple[str, ...] = ()
     sampler: SamplerName = "auto"
     baseline_sizes: int = Field(default=1, ge=1, le=3)
     confirm_seeds: int = Field(default=3, ge=0)
     workers: int = Field(default=2, ge=1, le=1024)
     executor: Literal["inline", "processes"] = "processes"
+
+    @model_validator(mode="after")
+    def _weighed(self) -> Self:
+        if len(set(self.objectives)) < max(1, len(self.objectives)) or not self.objectives:
+            raise ValueError("'objectives' names at least one, and each of them once")
+        return self
 
     @model_validator(mode="after")
     def _ends(self) -> Self:

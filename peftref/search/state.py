@@ -46,7 +46,7 @@ def live_state(
             for job in running
         ],
         "recent": [_row(record) for record in closed[-_RECENT:] if record.outcome != "duplicate"],
-        "front": [_row(record) for record in front_of(known)],
+        "front": [_row(record) for record in front_of(known, run.search.objectives)],
         "pid": os.getpid(),
     }
 

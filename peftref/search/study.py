@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,15 +16,15 @@ import optuna
 from optuna.trial import TrialState
 
 from peftref.errors import SearchError
-from peftref.search.record import Record
+from peftref.search.record import Record, losses_of
 from peftref.search.space import Candidate, Encoding, Space, Value
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
-    from peftref.search.settings import SamplerName
+    from peftref.search.settings import Objective, SamplerName
 
-__all__ = ["Rules", "Screen", "Screened", "Study"]
+__all__ = ["Rules", "Screen", "Screened", "Study", "problem_of"]
 
 _GP_TRIALS = 250  # a Gaussian process beats TPE up to here; its cost grows with the cube
 _START_HYBRIDS = 6  # random hybrids before the sampler is asked
@@ -35,10 +35,14 @@ _PATIENCE = 200  # draws without a new feasible candidate before the space count
 
 @dataclass(frozen=True, slots=True)
 class Screened:
-    """What compiling a candidate on the meta device says; ``problem`` empty: it may be trained."""
+    """What compiling a candidate on the meta device says; ``problem`` empty: it may be trained.
+
+    ``memory`` is the predicted peak of a training step in bytes, 0: unknown.
+    """
 
     parameters: int
     problem: str = ""
+    memory: int = 0
 
 
 class Screen(Protocol):
@@ -54,13 +58,15 @@ class Screen(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How a study proposes: most parameters (None: any), sampler, seed, sizes of baselines."""
+    """How a study proposes: most parameters and bytes (None: any), sampler, seed, baselines."""
 
     max_parameters: int | None
     sampler: SamplerName
     trials: int | None
     seed: int
     baseline_sizes: int = 1
+    max_memory: int | None = None
+    objectives: tuple[Objective, ...] = ("quality", "parameters")
 
     @property
     def kind(self) -> SamplerName:
@@ -76,7 +82,7 @@ class Rules:
 
 
 class Study:
-    """Candidates with two objectives: validation score (up) and log10 parameters (down)."""
+    """Candidates with the objectives of the rules: the score goes up, logarithms of costs down."""
 
     def __init__(self, study: optuna.Study, space: Space, rules: Rules, screen: Screen) -> None:
         self._study = study
@@ -136,6 +142,11 @@ class Study:
         data = {**result, "curve": curve}
         return self._tell(replace(self.records[number], outcome="trained", **data))
 
+    def forbid(self, number: int, error: str, now: float) -> Record:
+        """Store that a candidate cannot be trained on this machine."""
+        record = replace(self.records[number], outcome="infeasible", error=error, finished=now)
+        return self._tell(record)
+
     def fail(self, number: int, error: str, now: float) -> Record:
         """Store that a training raised; the sampler learns to keep away."""
         record = replace(self.records[number], outcome="failed", error=error, finished=now)
@@ -178,10 +189,12 @@ class Study:
             same = replace(equal, number=trial.number, outcome="duplicate", error=error)
             return self._tell(replace(same, seconds=0.0, started=now, finished=now), trial)
         screened = self._screen(candidate.expression)
-        record = replace(record, parameters=screened.parameters)
+        record = replace(record, parameters=screened.parameters, memory=screened.memory)
         if self._rules.max_parameters is not None:
             excess = float(screened.parameters - self._rules.max_parameters)
             trial.set_constraint("max_parameters", excess)
+        if self._rules.max_memory is not None:
+            trial.set_constraint("memory", float(screened.memory - self._rules.max_memory))
         problem = self._problem(screened)
         if problem:
             record = replace(record, outcome="infeasible", error=problem, finished=now)
@@ -191,10 +204,7 @@ class Study:
         return record
 
     def _problem(self, screened: Screened) -> str:
-        limit = self._rules.max_parameters
-        if screened.problem or limit is None or screened.parameters <= limit:
-            return screened.problem
-        return f"{screened.parameters:,} trainable parameters, limit {limit:,}"
+        return problem_of(screened, self._rules.max_parameters, self._rules.max_memory)
 
     def _equal(self, key: str) -> Record | None:
         for record in self.records.values():
@@ -221,7 +231,19 @@ class Study:
             self._study.tell(trial, state=TrialState.FAIL)
             return
         score = record.score if record.score is not None else self._worst()
-        self._study.tell(trial, [score, math.log10(max(record.parameters, 1))])
+        values = [
+            score if name == "quality" else self._told(name, record)
+            for name in self._rules.objectives
+        ]
+        self._study.tell(trial, values)
+
+    def _told(self, name: Objective, record: Record) -> float:
+        """Return the logarithm of a cost; one that no training measured is the worst known."""
+        (value,) = losses_of(record, [name])
+        if value <= 0 and name != "parameters":
+            known = self.records.values()
+            value = max((losses_of(each, [name])[0] for each in known), default=0.0)
+        return math.log10(max(value, 1.0 if name == "parameters" else 1e-6))
 
     def _worst(self) -> float:
         scores = [r.score for r in self.records.values() if r.score is not None]
@@ -241,7 +263,21 @@ class Study:
                 self.records[trial.number] = replace(known, outcome="interrupted")
 
 
-def open_study(url: str, *, create: bool) -> optuna.Study:
+def problem_of(screened: Screened, limit: int | None, memory: int | None) -> str:
+    """Return why a screened candidate may not be trained; empty: it may."""
+    if screened.problem:
+        return screened.problem
+    if limit is not None and screened.parameters > limit:
+        return f"{screened.parameters:,} trainable parameters, limit {limit:,}"
+    if memory is not None and screened.memory > memory:
+        needs, has = screened.memory / 2**30, memory / 2**30
+        return f"a step needs {needs:.2f} GiB as predicted, limit {has:.2f} GiB"
+    return ""
+
+
+def open_study(
+    url: str, *, create: bool, objectives: Sequence[Objective] = ("quality", "parameters")
+) -> optuna.Study:
     """Open the study of a run folder.
 
     Raises:
@@ -252,8 +288,8 @@ def open_study(url: str, *, create: bool) -> optuna.Study:
         if not create:
             return optuna.load_study(study_name="search", storage=url)
         return optuna.create_study(
-            study_name="search", storage=url, directions=["maximize", "minimize"],
-            load_if_exists=True,
+            study_name="search", storage=url, load_if_exists=True,
+            directions=["maximize" if name == "quality" else "minimize" for name in objectives],
         )
     except Exception as error:
         raise SearchError(

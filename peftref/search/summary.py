@@ -40,7 +40,7 @@ def summarise(path: Path) -> dict[str, Any]:
     records = list(read_records(study).values())
     noted = dict(study.user_attrs)
     confirmed = read_confirmed(run, records, noted)
-    front = front_of(records)
+    front = front_of(records, run.search.objectives)
     extra = [data for name, data in noted.items() if name.startswith("confirm-")]
     return {
         "folder": str(path),
@@ -53,6 +53,7 @@ def summarise(path: Path) -> dict[str, Any]:
             "confirmation": sum(float(data.get("seconds", 0.0)) for data in extra),
             "lost_workers": state["lost"],
         },
+        "objectives": list(run.search.objectives),
         "front": [record.number for record in front],
         "trials": [_row(record) for record in records],
         "confirmed": [
@@ -65,7 +66,7 @@ def summarise(path: Path) -> dict[str, Any]:
         "test_opened": noted.get("test_opened"),
         "test": noted.get("test"),
         "hypervolume": _hypervolumes(records),
-        "importance": _importance(study),
+        "importance": _importance(study, run.search.objectives),
         "rank_correlation": _rank_correlation(records),
         "environment": _environment(),
         "settings": (path / "settings.yaml").read_text(encoding="utf-8"),
@@ -110,13 +111,16 @@ def _log(parameters: int) -> float:
     return math.log10(max(parameters, 1))
 
 
-def _importance(study: optuna.Study) -> dict[str, float]:
+def _importance(study: optuna.Study, objectives: Sequence[str]) -> dict[str, float]:
     """Return how much each dimension of the space moved the score (PED-ANOVA)."""
+    if "quality" not in objectives:
+        return {}
+    place = objectives.index("quality")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = optuna.importance.get_param_importances(
-                study, target=lambda trial: trial.values[0]
+                study, target=lambda trial: trial.values[place]
             )
     except (ValueError, RuntimeError, ZeroDivisionError):
         return {}  # too few trials, or all of one value

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from multiprocessing import connection, parent_process
 from typing import Protocol
 
-from peftref.errors import PeftRefError
+from peftref.errors import DeviceMemoryError, PeftRefError
 from peftref.search.jobs import Event, Job, Json
 
 __all__ = ["Report", "SessionFactory", "TrialSession", "model_session", "serve", "work"]
@@ -108,5 +108,6 @@ def _describe(error: Exception) -> dict[str, Json]:
     return {
         "error": str(error) if expected else f"{type(error).__name__}: {error}",
         "expected": expected,
+        "memory": isinstance(error, DeviceMemoryError),
         "traceback": "".join(traceback.format_exception(error)),
     }

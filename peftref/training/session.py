@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import tempfile
@@ -21,7 +22,7 @@ from peftref.artifact import read
 from peftref.backbone import hf
 from peftref.backbone.family import families
 from peftref.compiler import attach
-from peftref.errors import ArtifactError, TrainingError
+from peftref.errors import ArtifactError, DeviceMemoryError, TrainingError
 from peftref.spec import load
 from peftref.spec.composition import CompositionSpec
 from peftref.training.arguments import check_names, training_arguments
@@ -71,6 +72,7 @@ class FitResult:
         seconds: wall time of this call.
         stopped: whether it was ended early.
         artifact: where it was saved; None when stopped or not asked for.
+        micro_batch: rows at once; fewer than the batch where the memory did not hold it.
     """
 
     metrics: Mapping[str, float]
@@ -81,6 +83,7 @@ class FitResult:
     seconds: float
     stopped: bool
     artifact: Path | None
+    micro_batch: int = 0
 
 
 class TrainingSession:
@@ -114,7 +117,7 @@ class TrainingSession:
         names = [name for name, _ in self.model.named_parameters() if name.split(".")[0] in heads]
         self._head = HeadState(self.model, names, self.backbone.fresh)
         self._head.reset(self.model, settings.seed)
-        self.max_length = _length_limit(settings.max_length, self.model.config)
+        self.max_length = length_limit(settings.max_length, self.model.config)
         self.setup = Setup(
             self.tokenizer, self.data.columns, self.data.label_names, self.max_length
         )
@@ -215,10 +218,30 @@ class TrainingSession:
         return self._fit(order, run, output, resume=resume)
 
     def _fit(self, order: Order, run: Run, output: Path | None, *, resume: bool) -> FitResult:
+        """Train; a batch that the memory does not hold is divided, its gradients are added up."""
+        parts, size = 1, self.settings.batch_size
+        while True:
+            try:
+                return self._fit_parts(order, run, output, parts, resume=resume)
+            except torch.OutOfMemoryError as error:
+                told = str(error)
+            # Outside of the handler, whose traceback keeps the tensors of the failed step.
+            gc.collect()
+            torch.cuda.empty_cache()
+            if size % (2 * parts):
+                raise DeviceMemoryError(
+                    f"a step does not fit into memory with {size // parts} rows at once (the batch "
+                    f"of {size} in {parts} parts): {told}"
+                )
+            parts, resume = 2 * parts, False
+
+    def _fit_parts(
+        self, order: Order, run: Run, output: Path | None, parts: int, *, resume: bool
+    ) -> FitResult:
         begun = time.monotonic()
         with self._attached(order) as adapted, checkpoint_folder(output) as folder:
             start = self._start(order, folder, resume=resume)
-            done = self._train(adapted, order, run, folder, start)
+            done = self._train(adapted, order, run, folder, start, parts)
             artifact = None
             if output is not None and not run.stopped:
                 artifact = save_artifact(self, adapted, order, done, output)
@@ -227,7 +250,8 @@ class TrainingSession:
         value = score(self.metric, done.metrics[self.metric])
         seconds = time.monotonic() - begun
         return FitResult(
-            done.metrics, done.loss, value, count, done.step, seconds, run.stopped, artifact
+            done.metrics, done.loss, value, count, done.step, seconds, run.stopped, artifact,
+            self.settings.batch_size // parts,
         )
 
     @contextmanager
@@ -287,10 +311,11 @@ class TrainingSession:
         return {**settings, "epochs": None, **asked}
 
     def _train(
-        self, adapted: Trained, order: Order, run: Run, folder: Path, start: Path | None
+        self, adapted: Trained, order: Order, run: Run, folder: Path, start: Path | None, parts: int
     ) -> Progress:
+        settings = _divided(self.settings, parts)
         arguments = training_arguments(
-            self.settings, folder, rate=(order.learning_rate or HEAD_RATE) * order.rate,
+            settings, folder, rate=(order.learning_rate or HEAD_RATE) * order.rate,
             seed=order.seed, steps=order.steps,
         )
         encoded = self.encoded("train")
@@ -325,6 +350,16 @@ class TrainingSession:
         return self.settings.head_learning_rate or (HEAD_RATE if pooled else None)
 
 
+def _divided(settings: RunSettings, parts: int) -> RunSettings:
+    """Return settings of the same effective batch, taken in ``parts``."""
+    given = settings.arguments.get("gradient_accumulation_steps", 1)
+    if parts == 1 or not isinstance(given, int):
+        return settings
+    arguments = {**settings.arguments, "gradient_accumulation_steps": given * parts}
+    changed = {"batch_size": settings.batch_size // parts, "arguments": arguments}
+    return settings.model_copy(update=changed)
+
+
 @contextmanager
 def checkpoint_folder(output: Path | None) -> Generator[Path]:
     """Give the folder of a run's checkpoints: beside the output, or gone at the end."""
@@ -356,7 +391,7 @@ def _count(adapted: Trained) -> int:
     return sum(parameter.numel() for parameter in adapted.trainable.values())
 
 
-def _length_limit(wanted: int, config: PreTrainedConfig) -> int:
+def length_limit(wanted: int, config: PreTrainedConfig) -> int:
     """Return the length limit, at most what the backbone has positions for."""
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:
