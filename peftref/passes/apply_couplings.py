@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from peftref.ir.graph import AdapterGraph
 from peftref.ir.types import TensorNode
 from peftref.passes.base import Library, make_procedure, wrong_argument
+from peftref.spec.technique import ProcedureSpec
 
 __all__ = ["ApplyCouplings"]
 
@@ -30,7 +31,9 @@ class ApplyCouplings:
             except ValidationError as error:
                 raise wrong_argument(spec.name, error, kind.Arguments, spec.mark) from None
             done.append(f"{spec.name}: {kind(arguments).apply(graph, spec.members or everyone)}")
-        own = [p for member in graph.composition.members for p in member.technique.procedures]
+        own = [self._of_member(procedure, member.name)
+               for member in graph.composition.members
+               for procedure in member.technique.procedures]
         for procedure in (*own, *graph.composition.procedures):
             # Two members of one technique ask for the same: it covers both.
             if procedure not in graph.procedures:
@@ -42,3 +45,11 @@ class ApplyCouplings:
         for procedure in made:
             procedure.check(known, made)
         return "; ".join(done) or "none"
+
+    def _of_member(self, procedure: ProcedureSpec, member: str) -> ProcedureSpec:
+        """What a technique asks for is about its own tensors, in whatever company it is."""
+        fields = self.library.procedure(procedure.name).Arguments.model_fields
+        if "members" not in fields or "members" in procedure.arguments:
+            return procedure
+        return procedure.model_copy(
+            update={"arguments": {**procedure.arguments, "members": member}})

@@ -22,7 +22,11 @@ HEAD = "head"
 
 
 class ProcedureArguments(Frozen):
-    """Arguments of a procedure, from YAML."""
+    """Arguments of a procedure, from YAML.
+
+    A procedure with a field ``members`` (comma-separated) that a technique asks for gets the name
+    of the technique's own member.
+    """
 
 
 A = TypeVar("A", bound=ProcedureArguments)
@@ -105,6 +109,11 @@ class Procedure(ABC, Generic[A]):
 
     def __init__(self, arguments: A) -> None:
         self.arguments = arguments
+
+    def concerns(self, tensor: PlannedTensor) -> bool:
+        """Whether a tensor is of the members that it is about; of all where it names none."""
+        members = str(getattr(self.arguments, "members", ""))
+        return not members or tensor.member in members.split(",")
 
     @property
     def needs_data(self) -> bool:

@@ -22,6 +22,7 @@ class FollowUpdateArguments(ProcedureArguments):
     ``module`` has the factors, ``into`` the difference that follows them.
     """
 
+    members: str = ""
     module: str = "delta"
     into: str = "weight"
     rate: float = Field(default=2.0, ge=0.0)
@@ -48,6 +49,8 @@ class FollowUpdate(Procedure[FollowUpdateArguments]):
         found = adapter.tensors()
         sites: dict[str, dict[str, Tensor]] = {}
         for name, planned in adapter.planned.items():
+            if not self.concerns(planned):
+                continue
             wanted = {self.arguments.module: ("down.weight", "up.weight"),
                       self.arguments.into: ("followed",)}
             for module, names in wanted.items():

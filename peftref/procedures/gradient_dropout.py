@@ -13,6 +13,7 @@ __all__ = ["GradientDropout", "GradientDropoutArguments"]
 class GradientDropoutArguments(ProcedureArguments):
     """``keep``: share of the entries whose gradient is used."""
 
+    members: str = ""
     keep: float = Field(default=0.3, gt=0.0, le=1.0)
 
 
@@ -31,7 +32,7 @@ class GradientDropout(Procedure[GradientDropoutArguments]):
         import torch
 
         keep = self.arguments.keep
-        for parameter in adapter.trainable.values():
-            if parameter.grad is not None:
+        for name, parameter in adapter.trainable.items():
+            if parameter.grad is not None and self.concerns(adapter.planned[name]):
                 mask = torch.rand_like(parameter.grad) < keep
                 parameter.grad.mul_(mask).div_(keep)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -29,6 +29,7 @@ class GrowRanksArguments(ProcedureArguments):
     ``every``: steps between; ``sites``: that gain at a time; ``gain``: ranks that each gains.
     """
 
+    members: str = ""
     target: float = Field(gt=0.0)
     warmup: float = Field(default=0.1, ge=0.0, lt=1.0)
     every: int = Field(default=10, gt=0)
@@ -61,8 +62,17 @@ class GrowRanks(Procedure[GrowRanksArguments]):
         self._parts: tuple[Triplet, ...] = ()
         self._handles: list[Any] = []
 
+    def setup(
+        self,
+        adapter: Adapter,
+        batches: Iterable[Mapping[str, Any]],
+        forward: Callable[[Mapping[str, Any]], Tensor],
+    ) -> None:
+        # What has no ranks is refused before the first step.
+        triplets(adapter, self.name, self.arguments.members)
+
     def before_step(self, adapter: Adapter, step: int, total: int) -> None:
-        self._parts = triplets(adapter, self.name)
+        self._parts = triplets(adapter, self.name, self.arguments.members)
         for part in self._parts:
             if "active" not in part.others:
                 raise CompositionError(f"{self.name}: {part.name} has no frozen vector 'active'")

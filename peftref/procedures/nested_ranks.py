@@ -17,6 +17,7 @@ __all__ = ["NestedRanks", "NestedRanksArguments", "leading_ranks"]
 class NestedRanksArguments(ProcedureArguments):
     """``b`` is uniform in ``least .. most``; ``update``: all leading ranks, or the last alone."""
 
+    members: str = ""
     most: int = Field(gt=0)
     least: int = Field(default=1, gt=0)
     update: Literal["all", "last"] = "all"
@@ -38,11 +39,16 @@ class NestedRanks(Procedure[NestedRanksArguments]):
     name = "nested_ranks"
     Arguments = NestedRanksArguments
 
+    @property
+    def _members(self) -> tuple[str, ...]:
+        return tuple(filter(None, self.arguments.members.split(",")))
+
     def before_step(self, adapter: Adapter, step: int, total: int) -> None:
         a = self.arguments
         if a.least > a.most:
             raise CompositionError(f"nested_ranks: least {a.least} is above most {a.most}")
-        found = [t for name, t in adapter.tensors().items() if name.endswith("nested.leading")]
+        own = adapter.tensors(self._members)
+        found = [tensor for name, tensor in own.items() if name.endswith("nested.leading")]
         if not found:
             raise CompositionError("nested_ranks: no member has the primitive 'leading'")
         for tensor in found:
@@ -54,7 +60,10 @@ class NestedRanks(Procedure[NestedRanksArguments]):
             return
         last = leading_ranks(step, a.least, a.most) - 1
         for name, tensor in adapter.trainable.items():
-            local, gradient = adapter.planned[name].spec.name, tensor.grad
+            planned, gradient = adapter.planned[name], tensor.grad
+            local = planned.spec.name
+            if not self.concerns(planned):
+                continue
             if gradient is None or local not in ("down.weight", "up.weight"):
                 continue
             kept = gradient[last].clone() if local == "down.weight" else gradient[:, last].clone()

@@ -16,6 +16,7 @@ __all__ = ["NormBall", "NormBallArguments"]
 class NormBallArguments(ProcedureArguments):
     """``tensors``: ending (glob) of the names; ``radius``: of all rows of a tensor together."""
 
+    members: str = ""
     tensors: str
     radius: float = Field(gt=0.0)
 
@@ -34,7 +35,8 @@ class NormBall(Procedure[NormBallArguments]):
         import torch
 
         found = [t for n, t in adapter.trainable.items()
-                 if fnmatchcase(n, f"*{self.arguments.tensors}")]
+                 if fnmatchcase(n, f"*{self.arguments.tensors}")
+                 and self.concerns(adapter.planned[n])]
         if not found:
             raise TrainingError(f"norm_ball: {self.arguments.tensors!r} ends no tensor's name")
         with torch.no_grad():

@@ -21,6 +21,7 @@ __all__ = ["Orthogonality", "OrthogonalityArguments"]
 class OrthogonalityArguments(ProcedureArguments):
     """``tensors``: ending (glob) of the names; ``of``: which of their vectors; ``weight``."""
 
+    members: str = ""
     tensors: str
     of: Literal["rows", "columns"]
     weight: float = Field(default=0.01, ge=0.0)
@@ -55,7 +56,8 @@ class Orthogonality(Procedure[OrthogonalityArguments]):
 
     def before_step(self, adapter: Adapter, step: int, total: int) -> None:
         pattern = f"*{self.arguments.tensors}"
-        names = [n for n in adapter.trainable if fnmatchcase(n, pattern)]
+        names = [n for n in adapter.trainable
+                 if fnmatchcase(n, pattern) and self.concerns(adapter.planned[n])]
         if not names:
             raise CompositionError(
                 f"orthogonality: {self.arguments.tensors!r} is the end of no tensor's name; "

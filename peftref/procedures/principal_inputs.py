@@ -22,6 +22,7 @@ DOWN, ACTIVE = "down.weight", "active"
 class PrincipalInputsArguments(ProcedureArguments):
     """``rank``: mean rank of a site; a site that has more rows may get more of them."""
 
+    members: str = ""
     rank: int = Field(gt=0)
     batches: int = Field(default=8, gt=0)
 
@@ -86,15 +87,22 @@ class PrincipalInputs(Procedure[PrincipalInputsArguments]):
     ) -> None:
         import torch
 
-        sites = {n: p for n, p in adapter.planned.items() if p.spec.name == DOWN and p.owner}
+        sites = {n: p for n, p in adapter.planned.items()
+                 if p.spec.name == DOWN and self.concerns(p)}
         if not sites:
             raise CompositionError(f"principal_inputs: no member has a tensor {DOWN}")
+        shared = [name for name, planned in sites.items() if not planned.owner]
+        if shared:
+            raise CompositionError(
+                f"principal_inputs: {shared[0]} is shared by sites that read different inputs"
+            )
         seen = self._watch(adapter.model, {p.owner for p in sites.values()}, batches, forward)
         parts = {name: seen[planned.owner].components() for name, planned in sites.items()}
         tensors = adapter.tensors()
         with torch.no_grad():
             for name, (_, directions) in parts.items():
-                tensors[name].copy_(directions[: len(tensors[name])])
+                # Copies of a mix start alike: what they read is the same.
+                tensors[name].copy_(directions[: tensors[name].shape[-2]])
             self._share_out(tensors, {n: shares for n, (shares, _) in parts.items()})
 
     def _watch(
@@ -139,7 +147,7 @@ class PrincipalInputs(Procedure[PrincipalInputsArguments]):
         masks = {name: tensors.get(f"{name.removesuffix(DOWN)}{ACTIVE}") for name in shares}
         if any(mask is None for mask in masks.values()):
             return  # every site keeps all of its ranks
-        own = {name: shares[name][: len(tensors[name])] for name in shares}
+        own = {name: shares[name][: tensors[name].shape[-2]] for name in shares}
         pooled = torch.cat(list(own.values()))
         opened = torch.zeros_like(pooled)
         opened[torch.argsort(pooled, descending=True, stable=True)[

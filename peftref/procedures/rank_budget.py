@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -26,6 +26,7 @@ class RankBudgetArguments(ProcedureArguments):
     weight of the loss that keeps the factors orthonormal.
     """
 
+    members: str = ""
     target: float = Field(gt=0.0)
     warmup: float = Field(default=0.1, ge=0.0, lt=1.0)
     final: float = Field(default=0.2, ge=0.0, lt=1.0)
@@ -68,8 +69,17 @@ class RankBudget(Procedure[RankBudgetArguments]):
         self._kept: dict[str, Tensor] = {}
         self._parts: tuple[Triplet, ...] = ()
 
+    def setup(
+        self,
+        adapter: Adapter,
+        batches: Iterable[Mapping[str, Any]],
+        forward: Callable[[Mapping[str, Any]], Tensor],
+    ) -> None:
+        # What has no ranks is refused before the first step.
+        triplets(adapter, self.name, self.arguments.members)
+
     def before_step(self, adapter: Adapter, step: int, total: int) -> None:
-        self._parts = triplets(adapter, self.name)
+        self._parts = triplets(adapter, self.name, self.arguments.members)
 
     def loss(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Tensor | None:  # noqa: ANN401
         if not self.arguments.orthogonality:
@@ -81,7 +91,7 @@ class RankBudget(Procedure[RankBudgetArguments]):
         import torch
 
         a, done = self.arguments, step + 1
-        parts = triplets(adapter, self.name)
+        parts = triplets(adapter, self.name, self.arguments.members)
         first = sum(part.values.numel() for part in parts)
         last = round(a.target * len(parts))
         if last > first:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -19,6 +20,7 @@ __all__ = ["SoftThreshold", "SoftThresholdArguments", "shrink"]
 class SoftThresholdArguments(ProcedureArguments):
     """``weight``: lambda of the l1 norm."""
 
+    members: str = ""
     weight: float = Field(default=0.1, ge=0.0)
 
 
@@ -38,10 +40,19 @@ class SoftThreshold(Procedure[SoftThresholdArguments]):
     name = "soft_threshold"
     Arguments = SoftThresholdArguments
 
+    def setup(
+        self,
+        adapter: Adapter,
+        batches: Iterable[Mapping[str, Any]],
+        forward: Callable[[Mapping[str, Any]], Tensor],
+    ) -> None:
+        # What has no ranks is refused before the first step.
+        triplets(adapter, self.name, self.arguments.members)
+
     def after_step(self, adapter: Adapter, step: int, total: int) -> None:
         import torch
 
         with torch.no_grad():
-            for part in triplets(adapter, self.name):
+            for part in triplets(adapter, self.name, self.arguments.members):
                 rate = adapter.rate(part.values)
                 part.values.copy_(shrink(part.values, rate * self.arguments.weight))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peftref.errors import CompositionError
+from peftref.ir.plan import PlannedTensor
 from peftref.procedures.base import Adapter
 
 if TYPE_CHECKING:
@@ -32,17 +33,22 @@ class Triplet:
     others: dict[str, Tensor]
 
 
-def triplets(adapter: Adapter, asker: str) -> tuple[Triplet, ...]:
-    """Return the triplets of all members, in the order of the plan.
+def triplets(adapter: Adapter, asker: str, members: str = "") -> tuple[Triplet, ...]:
+    """Return the triplets of the named members (none: of all), in the order of the plan.
 
     Raises:
         CompositionError: there is none.
     """
     found = adapter.tensors()
     sites: dict[str, dict[str, Tensor]] = {}
-    for name, planned in adapter.planned.items():
+    wanted = _of_members(adapter, members)
+    for name, planned in wanted.items():
         prefix = name.removesuffix(planned.spec.name)
         sites.setdefault(prefix, {})[planned.spec.name] = found[name]
+    for planned in wanted.values():
+        if planned.spec.name == VALUES and (planned.spec.stacked or not planned.owner):
+            what = "copies of a mix have" if planned.spec.stacked else "shared tensors have"
+            raise CompositionError(f"{asker}: {what} no ranks of their own ({planned.name})")
     result = tuple(
         Triplet(prefix, own[RIGHT], own[VALUES], own[LEFT],
                 {n: t for n, t in own.items() if n not in (RIGHT, VALUES, LEFT)})
@@ -53,6 +59,11 @@ def triplets(adapter: Adapter, asker: str) -> tuple[Triplet, ...]:
             f"{asker}: no member has the tensors {RIGHT}, {VALUES} and {LEFT} at one site"
         )
     return result
+
+
+def _of_members(adapter: Adapter, members: str) -> dict[str, PlannedTensor]:
+    names = members.split(",") if members else None
+    return {n: p for n, p in adapter.planned.items() if names is None or p.member in names}
 
 
 def orthogonality(parts: Iterable[Triplet]) -> Tensor | None:
