@@ -27,6 +27,8 @@ COUPLINGS = {
     "mask": "mask({}, keep=0.5)",
     "drop_layers": "drop_layers({})",
     "fusion": "fusion({0}, {0}, kind='scale')",
+    "reversible": "reversible({}, residual_adapter(site='block'))",
+    "group": "group({}, groups=[2, 3])",
 }
 NO_MATRIX = ("ia3", "bitfit", "ln_tuning", "vera")
 NO_WEIGHT = ("houlsby_adapter", "prefix_tuning", "ln_tuning", "prompt_tuning", "mam",
@@ -39,6 +41,7 @@ REFUSED = {
               "prompt_tuning": "starts at values of the backbone"},
     "quantize": dict.fromkeys(NO_WEIGHT, "edits no linear module"),
     "drop_layers": {"prompt_tuning": "no edit inside a layer"},
+    "group": {"prompt_tuning": "has no edit"},
     "fusion": dict.fromkeys(
         ("prefix_tuning", "ia3", "oft", "dora", "prompt_tuning", "mam", "lora(rank=2) +", "hra",
          "loreft"), "members must add"),
