@@ -67,6 +67,11 @@ class ResolveSites:
         order: tuple[int, int],
     ) -> None:
         port, read = self._ports(module, site)
+        if site.kind is SiteKind.STACK and read not in site.ports:
+            raise CompositionError(
+                f"{member}.{module.name} @ {site.label}: all layers together have the ports "
+                f"hidden_states and output; the module reads {read.value!r}"
+            )
         write = WriteNode(
             member=member,
             module=module.name,
