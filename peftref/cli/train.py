@@ -36,11 +36,14 @@ def command(
         Path | None, typer.Option(metavar="FILE", help="Site row of the backbone, corrected.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="File, folder, 'trec6', or a data set's hub name.")
+        str | None, typer.Option(help="File, folder, 'trec6', 'digits', or a data set's hub name.")
     ] = None,
     output: Annotated[str | None, typer.Option(help="Folder for the artifact.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything random.")] = None,
+    drop_missing: Annotated[
+        bool, typer.Option("--drop-missing", help="Leave out rows in which something is missing.")
+    ] = False,
     assignments: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Set a field of the run file."),
@@ -63,6 +66,7 @@ def command(
     flags: dict[str, object] = {
         "composition": composition, "backbone": backbone, "data": data, "output": output,
         "steps": steps, "seed": seed, "sites": None if sites is None else str(sites),
+        "data.drop_missing": drop_missing or None,
     }
     if run is None:
         given = {name for name, value in flags.items() if value is not None}

