@@ -37,7 +37,12 @@ class Consistency(Procedure[ConsistencyArguments]):
     def loss(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Tensor | None:  # noqa: ANN401
         if self.arguments.weight == 0.0:
             return None
-        first = outputs.logits
+        first = getattr(outputs, "logits", None)
+        if first is None:
+            raise TrainingError(
+                "consistency: compares distributions over classes or tokens, and this model gives "
+                "vectors; use a task with classes, or weight 0"
+            )
         if first.shape[-1] == 1:
             raise TrainingError(
                 "consistency: with one output the distributions are equal by definition; "

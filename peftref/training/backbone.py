@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import safe_open
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
@@ -123,6 +124,9 @@ def load_tokenizer(source: str, *, words: bool = False) -> Any:  # noqa: ANN401 
             f"backbone {source!r} has no tokenizer that transformers can load: {_first(error)}"
         ) from error
     pad_token(tokenizer)
+    before = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
+    if words and isinstance(before, ByteLevel):
+        before.add_prefix_space = True  # classes of no family of their own do not pass it on
     return tokenizer
 
 

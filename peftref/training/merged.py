@@ -78,6 +78,9 @@ def write_merged(opened: Opened, output: Path) -> str:
         if pooling not in ("mean", "cls") or hasattr(model.config, "classifier_pooling"):
             model.save_pretrained(folder)
             return f"{type(model).__name__}.from_pretrained loads it without peftref"
+        if not opened.adapted.head:  # vectors of texts: the encoder is all that there is
+            model.save_pretrained(folder)
+            return f"AutoModel loads it without peftref; its vectors are {pooling}-pooled"
         classifier = getattr(model, "classifier", None)
         if not isinstance(classifier, nn.Linear) or len(opened.adapted.head) > 2:
             raise ArtifactError(

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from peftref.training.backbone import load_tokenizer
 from peftref.training.columns import Columns
@@ -91,3 +93,32 @@ def test_only_the_continuation_is_scored(folders: tuple[Path, Path]) -> None:
     plain = encode([Example("w1 w2")], tokenizer, Columns("causal_lm", "text"), 16).rows[0]
     assert plain["labels"] == plain["input_ids"]
     assert tokenizer.convert_ids_to_tokens(plain["input_ids"]) == ["w1", "w2", "[SEP]"]
+
+
+def test_words_begin_as_they_do_within_a_text(tmp_path: Path) -> None:
+    """A byte-level tokenizer marks the space before a word, which a list of words has not."""
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learner = trainers.BpeTrainer(special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False)
+    inner.train_from_iterator(["we go to new york"] * 3, learner)
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), words=True)
+    columns = Columns("token_classification", "tokens", label="tags")
+    example = Example(words=("new", "york"), label=(0, 0))
+    row = encode([example], tokenizer, columns, 16).rows[0]
+    assert row["input_ids"] == load_tokenizer(str(tmp_path))(" new york")["input_ids"]
+    assert len(row["input_ids"]) == 2
+
+
+def test_a_label_stands_at_the_first_token_of_its_word(folders: tuple[Path, Path]) -> None:
+    tokenizer = load_tokenizer(str(folders[0]), words=True)
+    columns = Columns("token_classification", "tokens", label="tags")
+    example = Example(words=("w1", "w2 w3", "w4"), label=(5, 6, 7))  # the second has two tokens
+    assert encode([example], tokenizer, columns, 16).rows[0]["labels"] == [
+        -100, 5, 6, -100, 7, -100
+    ]
+    cut = encode([example], tokenizer, columns, 4)
+    assert cut.rows[0]["labels"] == [-100, 5, 6, -100]
+    assert cut.truncated == 1

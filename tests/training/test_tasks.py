@@ -12,11 +12,13 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from transformers import AutoModel
 
 import peftref
 from peftref.cli.app import main
-from peftref.errors import SpecError
+from peftref.errors import SpecError, TrainingError
 from peftref.training.inference import columns_of, evaluate_artifact, predict_rows
+from peftref.training.merged import write_merged
 from peftref.training.restore import open_artifact
 from peftref.training.session import TrainingSession
 from peftref.training.settings import Task
@@ -161,7 +163,7 @@ def _bare(session: TrainingSession) -> Any:
 
 def test_a_text_finds_its_pair(root: Path, tmp_path: Path) -> None:
     session = TrainingSession(settings_of(root, "retrieval", 240, learning_rate=1e-2))
-    result = session.fit("houlsby_adapter", output=tmp_path / "a")
+    result = session.fit("lora(site='*.{query,key,value,output,up,down}')", output=tmp_path / "a")
     opened = open_artifact(tmp_path / "a", device="cpu")
     rows = [{"query": row.text, "passage": row.pair} for row in session.data.split("validation")]
     first = vectors(opened, [{"query": row["query"]} for row in rows])
@@ -181,6 +183,13 @@ def test_a_text_finds_its_pair(root: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         alone = model(**tokenizer([rows[0]["query"]], return_tensors="pt")).embeddings[0]
     torch.testing.assert_close(alone / alone.norm(), first[0].float(), rtol=1e-3, atol=1e-4)
+    write_merged(opened, tmp_path / "merged")
+    plain = AutoModel.from_pretrained(tmp_path / "merged", add_pooling_layer=False).eval()
+    with torch.no_grad():
+        hidden = plain(**tokenizer([rows[0]["query"]], return_tensors="pt")).last_hidden_state
+    torch.testing.assert_close(hidden.mean(1)[0], alone, rtol=1e-3, atol=1e-4)
+    with pytest.raises(TrainingError, match="this model gives vectors"):
+        session.fit("adamix")
 
 
 def vectors(opened: Any, rows: Rows) -> torch.Tensor:
