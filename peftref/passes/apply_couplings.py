@@ -41,9 +41,11 @@ class ApplyCouplings:
         # What a coupling trains itself goes by the coupling's name.
         known = tuple(dict.fromkeys([
             *everyone, *(node.member for _, node in graph.of_type(TensorNode))]))
+        tensors = tuple((node.member, node.spec) for _, node in graph.of_type(TensorNode))
         made = [make_procedure(spec, self.library) for spec in graph.procedures]
         for procedure in made:
             procedure.check(known, made)
+            procedure.check_tensors(tensors)
         return "; ".join(done) or "none"
 
     def _of_member(self, procedure: ProcedureSpec, member: str) -> ProcedureSpec:

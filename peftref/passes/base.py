@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from peftref.errors import Mark, PeftRefError, SpecError
 from peftref.ir.graph import AdapterGraph
 from peftref.ir.plan import PassRecord
+from peftref.ir.primitive import TensorSpec
 from peftref.spec.technique import ProcedureSpec
 
 __all__ = ["Library", "Pass", "PassRecord", "Pipeline", "make_procedure", "wrong_argument"]
@@ -42,6 +43,10 @@ class ProcedureFacts(Protocol):
 
     def check(self, members: Sequence[str], others: Sequence[Any]) -> None:
         """Refuse a composition that it does not fit."""
+        ...
+
+    def check_tensors(self, tensors: Sequence[tuple[str, TensorSpec]]) -> None:
+        """Refuse tensors, given with their members, that it cannot work with."""
         ...
 
 

@@ -132,6 +132,11 @@ def _gated_stage(write: WriteNode, stage: Stage, *, together: bool) -> Stage:
     if stage is Stage.TOKENS:
         raise _refuse(write, "a prompt cannot be gated: a gate reads what the site reads, and an "
                       "embedding reads token ids")
+    if stage is Stage.WEIGHT_BASE:
+        raise _refuse(write, "what stands in for the weight itself cannot be gated")
+    if write.read is Port.HIDDEN_STATES:
+        raise _refuse(write, "an edit that reads the states of all layers cannot be gated: a gate "
+                      "reads one stream")
     if stage is Stage.WEIGHT_ADD and write.site.kind is SiteKind.EMBEDDING:
         raise _refuse(write, "the weight of an embedding cannot be gated: it reads token ids")
     if stage is Stage.WEIGHT_ADD and write.site.kind is SiteKind.LINEAR:

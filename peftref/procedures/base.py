@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from peftref.ir.plan import Plan, PlannedTensor
+from peftref.ir.primitive import TensorSpec
 from peftref.spec.base import Frozen
 
 if TYPE_CHECKING:
@@ -135,6 +136,13 @@ class Procedure(ABC, Generic[A]):
 
         Raises:
             CompositionError: what it names is not there.
+        """
+
+    def check_tensors(self, tensors: Sequence[tuple[str, TensorSpec]]) -> None:
+        """Refuse a composition, given as its tensors with their members, that it does not fit.
+
+        Raises:
+            CompositionError: couplings made of a tensor what it cannot work with.
         """
 
     def setup(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from peftref.errors import CompositionError
+from peftref.ir.primitive import TensorSpec
 from peftref.procedures.base import Adapter, Procedure, ProcedureArguments
-from peftref.procedures.triplets import Triplet, orthogonality, triplets
+from peftref.procedures.triplets import Triplet, check_ranks, orthogonality, triplets
 from peftref.registry import procedures
 
 if TYPE_CHECKING:
@@ -62,14 +63,8 @@ class GrowRanks(Procedure[GrowRanksArguments]):
         self._parts: tuple[Triplet, ...] = ()
         self._handles: list[Any] = []
 
-    def setup(
-        self,
-        adapter: Adapter,
-        batches: Iterable[Mapping[str, Any]],
-        forward: Callable[[Mapping[str, Any]], Tensor],
-    ) -> None:
-        # What has no ranks is refused before the first step.
-        triplets(adapter, self.name, self.arguments.members)
+    def check_tensors(self, tensors: Sequence[tuple[str, TensorSpec]]) -> None:
+        check_ranks(self.name, self.arguments.members, tensors)
 
     def before_step(self, adapter: Adapter, step: int, total: int) -> None:
         self._parts = triplets(adapter, self.name, self.arguments.members)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from peftref.errors import CompositionError, TrainingError
+from peftref.ir.primitive import TensorSpec
 from peftref.procedures.base import Adapter, Procedure, ProcedureArguments
 from peftref.registry import procedures
 
@@ -79,6 +80,16 @@ class PrincipalInputs(Procedure[PrincipalInputsArguments]):
     def batches(self) -> int:
         return self.arguments.batches
 
+    def check_tensors(self, tensors: Sequence[tuple[str, TensorSpec]]) -> None:
+        members = self.arguments.members
+        for member, spec in tensors:
+            own = not members or member in members.split(",")
+            if own and spec.name == DOWN and spec.share is not None:
+                raise CompositionError(
+                    f"principal_inputs: {member}'s {DOWN} is shared by sites that read different "
+                    "inputs"
+                )
+
     def setup(
         self,
         adapter: Adapter,
@@ -91,11 +102,6 @@ class PrincipalInputs(Procedure[PrincipalInputsArguments]):
                  if p.spec.name == DOWN and self.concerns(p)}
         if not sites:
             raise CompositionError(f"principal_inputs: no member has a tensor {DOWN}")
-        shared = [name for name, planned in sites.items() if not planned.owner]
-        if shared:
-            raise CompositionError(
-                f"principal_inputs: {shared[0]} is shared by sites that read different inputs"
-            )
         seen = self._watch(adapter.model, {p.owner for p in sites.values()}, batches, forward)
         parts = {name: seen[planned.owner].components() for name, planned in sites.items()}
         tensors = adapter.tensors()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from peftref.errors import TrainingError
+from peftref.ir.primitive import TensorSpec
 from peftref.procedures.base import Adapter, Procedure, ProcedureArguments
-from peftref.procedures.triplets import Triplet, orthogonality, triplets
+from peftref.procedures.triplets import Triplet, check_ranks, orthogonality, triplets
 from peftref.registry import procedures
 
 if TYPE_CHECKING:
@@ -69,14 +70,8 @@ class RankBudget(Procedure[RankBudgetArguments]):
         self._kept: dict[str, Tensor] = {}
         self._parts: tuple[Triplet, ...] = ()
 
-    def setup(
-        self,
-        adapter: Adapter,
-        batches: Iterable[Mapping[str, Any]],
-        forward: Callable[[Mapping[str, Any]], Tensor],
-    ) -> None:
-        # What has no ranks is refused before the first step.
-        triplets(adapter, self.name, self.arguments.members)
+    def check_tensors(self, tensors: Sequence[tuple[str, TensorSpec]]) -> None:
+        check_ranks(self.name, self.arguments.members, tensors)
 
     def before_step(self, adapter: Adapter, step: int, total: int) -> None:
         self._parts = triplets(adapter, self.name, self.arguments.members)

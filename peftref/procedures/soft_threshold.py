@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from peftref.ir.primitive import TensorSpec
 from peftref.procedures.base import Adapter, Procedure, ProcedureArguments
-from peftref.procedures.triplets import triplets
+from peftref.procedures.triplets import check_ranks, triplets
 from peftref.registry import procedures
 
 if TYPE_CHECKING:
@@ -40,14 +41,8 @@ class SoftThreshold(Procedure[SoftThresholdArguments]):
     name = "soft_threshold"
     Arguments = SoftThresholdArguments
 
-    def setup(
-        self,
-        adapter: Adapter,
-        batches: Iterable[Mapping[str, Any]],
-        forward: Callable[[Mapping[str, Any]], Tensor],
-    ) -> None:
-        # What has no ranks is refused before the first step.
-        triplets(adapter, self.name, self.arguments.members)
+    def check_tensors(self, tensors: Sequence[tuple[str, TensorSpec]]) -> None:
+        check_ranks(self.name, self.arguments.members, tensors)
 
     def after_step(self, adapter: Adapter, step: int, total: int) -> None:
         import torch

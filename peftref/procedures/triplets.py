@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from peftref.errors import CompositionError
 from peftref.ir.plan import PlannedTensor
+from peftref.ir.primitive import TensorSpec
 from peftref.procedures.base import Adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["RIGHT", "Triplet", "orthogonality", "triplets"]
+__all__ = ["RIGHT", "Triplet", "check_ranks", "orthogonality", "triplets"]
 
 RIGHT, VALUES, LEFT = "right.weight", "values", "left.weight"
 """Names that a technique gives the three tensors, so that procedures find them."""
@@ -45,10 +46,6 @@ def triplets(adapter: Adapter, asker: str, members: str = "") -> tuple[Triplet, 
     for name, planned in wanted.items():
         prefix = name.removesuffix(planned.spec.name)
         sites.setdefault(prefix, {})[planned.spec.name] = found[name]
-    for planned in wanted.values():
-        if planned.spec.name == VALUES and (planned.spec.stacked or not planned.owner):
-            what = "copies of a mix have" if planned.spec.stacked else "shared tensors have"
-            raise CompositionError(f"{asker}: {what} no ranks of their own ({planned.name})")
     result = tuple(
         Triplet(prefix, own[RIGHT], own[VALUES], own[LEFT],
                 {n: t for n, t in own.items() if n not in (RIGHT, VALUES, LEFT)})
@@ -59,6 +56,20 @@ def triplets(adapter: Adapter, asker: str, members: str = "") -> tuple[Triplet, 
             f"{asker}: no member has the tensors {RIGHT}, {VALUES} and {LEFT} at one site"
         )
     return result
+
+
+def check_ranks(asker: str, members: str, tensors: Iterable[tuple[str, TensorSpec]]) -> None:
+    """Refuse triplets whose ranks are not their own.
+
+    Raises:
+        CompositionError: they are copies of a mix, or several sites share them.
+    """
+    for member, spec in tensors:
+        if spec.name != VALUES or (members and member not in members.split(",")):
+            continue
+        if spec.stacked or spec.share is not None:
+            what = "copies of a mix have" if spec.stacked else "shared tensors have"
+            raise CompositionError(f"{asker}: {what} no ranks of their own (member {member})")
 
 
 def _of_members(adapter: Adapter, members: str) -> dict[str, PlannedTensor]:

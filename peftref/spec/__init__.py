@@ -20,7 +20,7 @@ __all__ = ["load", "parameters", "to_yaml"]
 Source = str | Path | Mapping[str, Any] | TechniqueSpec | CompositionSpec
 
 
-def load(source: Source, **values: object) -> CompositionSpec:
+def load(source: Source, /, **values: object) -> CompositionSpec:
     """Return a composition with its parameters set.
 
     Args:
