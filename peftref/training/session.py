@@ -45,6 +45,7 @@ __all__ = ["FitResult", "Order", "Progress", "TrainingSession"]
 IDENTITY = "run.json"
 # Settings that change where or how fast a run goes, not what it computes.
 INCIDENTAL = ("output", "threads", "evaluation", "device")
+# These count positions from the padding number on.
 OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet", "longformer"})
 
 
@@ -246,7 +247,7 @@ class TrainingSession:
             if output is not None and not run.stopped:
                 artifact = save_artifact(self, adapted, order, done, output)
                 shutil.rmtree(folder)
-            count = _count(adapted)
+            count = sum(each.numel() for each in adapted.trainable.values())
         value = score(self.metric, done.metrics[self.metric])
         seconds = time.monotonic() - begun
         return FitResult(
@@ -387,15 +388,10 @@ def _own_forward(model: nn.Module) -> Generator[None]:
         model.__dict__.update(before)
 
 
-def _count(adapted: Trained) -> int:
-    return sum(parameter.numel() for parameter in adapted.trainable.values())
-
-
 def length_limit(wanted: int, config: PreTrainedConfig) -> int:
     """Return the length limit, at most what the backbone has positions for."""
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:
         return wanted
-    # RoBERTa counts positions from the padding number on.
     offset = config.pad_token_id + 1 if config.model_type in OFFSET_POSITIONS else 0
     return min(wanted, positions - offset)
