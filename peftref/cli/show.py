@@ -86,8 +86,7 @@ def command(
     if yaml:
         print_text(to_yaml(spec).rstrip())
         return
-    described, plan = describe_spec(specification, spec), None
-    texts: dict[str, str] = {}
+    described, plan, texts = describe_spec(specification, spec), None, dict[str, str]()
     if backbone is not None:
         from peftref.backbone.hf import meta_model
         from peftref.compiler import compile as compile_plan
@@ -113,12 +112,16 @@ def command(
     elif after is not None:
         print_text(texts[after])
     else:
-        _print_spec(described)
-        if plan is not None:
-            _print_plan(backbone or "", described["plan"], passes=passes)
-            print_forecast(described.get("forecast"))
+        _print_all(described, backbone or "", passes=passes)
     if plan is not None and graph is not None:
         _draw(plan, graph)
+
+
+def _print_all(described: dict[str, Any], backbone: str, *, passes: bool) -> None:
+    _print_spec(described)
+    if "plan" in described:
+        _print_plan(backbone, described["plan"], passes=passes)
+        print_forecast(described.get("forecast"))
 
 
 def _tokens(tokens: int | None, batch: int | None, length: int, *, asked: bool) -> int:
