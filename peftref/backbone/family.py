@@ -187,7 +187,8 @@ class Stack(Frozen):
     ``heads``, ``key_value_heads`` and ``head_width`` name attributes of the configuration (or,
     as ``rows``, choose one by a true attribute); unset, ``num_key_value_heads`` and ``head_dim``
     are used where they exist, else as many as heads, and the hidden size over the heads.
-    ``heads`` is empty where there is no attention. ``value_width`` names the width of a head's value where it is another one than the key's.
+    ``heads`` is empty where there is no attention. ``value_width`` names the width of a head's
+    value where it is another one than the key's.
 
     Attributes:
         layers: path of the list of layers; ``*`` stands for every group of layers, in order.

@@ -30,8 +30,8 @@ class Delta(Primitive[DeltaArguments]):
 
     def tensors(self) -> tuple[TensorSpec, ...]:
         trained = self.arguments.trainable
-        held = {"trainable": trained, "buffer": not trained}
-        return (TensorSpec(self.label, self.place.port_shape, "zeros", **held),)
+        return (TensorSpec(self.label, self.place.port_shape, "zeros", trainable=trained,
+                           buffer=not trained),)
 
     def algebra(self) -> Algebra:
         return Algebra(source=True, zero_at_init=True, matrix=True)

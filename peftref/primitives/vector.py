@@ -36,8 +36,8 @@ class Vector(Primitive[VectorArguments]):
         a = self.arguments
         shape = (1,) if a.scalar else (self.place.d_in,)
         # A frozen vector is stored: it may start at values of a backbone that changes later.
-        held = {"trainable": a.trainable, "buffer": not a.trainable}
-        return (TensorSpec(self.label, shape, a.init, share=a.share, **held),)
+        return (TensorSpec(self.label, shape, a.init, share=a.share, trainable=a.trainable,
+                           buffer=not a.trainable),)
 
     def algebra(self) -> Algebra:
         return Algebra(

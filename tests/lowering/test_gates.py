@@ -60,8 +60,9 @@ def test_half_open_lies_half_way_where_one_module_is_edited(technique: str) -> N
     site = "ffn" if "adapter" in technique else "attention.output"
     name = technique.replace(")", f", site='{site}', layers=[1])") if "(" in technique else (
         f"{technique}(site='{site}', layers=[1])")
-    module = model.layers[1].mlp if site == "ffn" else model.layers[1].self_attn.o_proj
-    x = torch.randn(2, 5, 48 if module is None else 32, dtype=torch.float64)
+    path = "layers.1.mlp" if site == "ffn" else "layers.1.self_attn.o_proj"
+    module = model.get_submodule(path)
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
     with torch.no_grad():
         before = module(x)
         adapted = peftref.attach(model, f"gate({name})")

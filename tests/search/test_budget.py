@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_what_needs_more_memory_is_not_trained(tmp_path: Path):
 class Small(FakeSession):
     """A device that no prefix fits into."""
 
-    def fit(self, job, report):  # noqa: ANN001
+    def fit(self, job: Any, report: Any) -> Any:
         if "prefix" in (job.composition or ""):
             raise DeviceMemoryError("full")
         return super().fit(job, report)
@@ -92,7 +93,7 @@ def test_a_batch_that_memory_does_not_hold_is_divided(fits: int, monkeypatch: py
     })
     real, tried = training.SessionTrainer.training_step, list[int]()
 
-    def step(self, model, inputs, *args):  # noqa: ANN001, ANN002
+    def step(self: Any, model: Any, inputs: Any, *args: Any) -> Any:
         tried.append(len(inputs["input_ids"]))
         if tried[-1] > fits:
             raise torch.OutOfMemoryError("simulated")

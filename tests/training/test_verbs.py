@@ -180,7 +180,7 @@ def test_mistakes_end_with_code_2_and_one_message(run: Run, root: Path, tmp_path
     for words, message in [
         (["train", "lora", "--run", file], "Give --output"),
         (["train", "--run", file, "--output", new], "Give a composition"),
-        (["train", "lroa", "--run", file, "--output", new], "Did you mean 'lora'"),
+        (["train", "loraa", "--run", file, "--output", new], "Did you mean 'lora'"),
         (["train", "lora", "--run", file, "--output", tmp_path / "a"], "already holds an artifact"),
         (["train", "lora", "--run", file, "--output", root], "is no artifact"),
         (["train", "lora", "--run", tmp_path / "no.yaml", "--output", tmp_path / "b"], "no.yaml"),

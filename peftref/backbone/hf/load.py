@@ -141,7 +141,7 @@ def _config(
               else _read_config(resolve_backbone(source)))
     if labels is not None:
         config.num_labels = labels
-        config.problem_type = PROBLEMS[task]
+        setattr(config, "problem_type", PROBLEMS[task])  # noqa: B010 - typed too narrowly
     if task == "causal_lm" and getattr(config, "is_decoder", None) is False:
         config.is_decoder = True  # else BERT would attend to the tokens that it predicts
     return config
