@@ -15,4 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 hypothesis.settings.register_profile("peftref", deadline=None, derandomize=True, print_blob=True)
 # Ten times the examples, and others every night.
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=1000, print_blob=True)
+# Failures as they were drawn, at once: shrinking one takes minutes here.
+hypothesis.settings.register_profile(
+    "unshrunk", deadline=None, derandomize=True, print_blob=True,
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate))
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "peftref"))

@@ -286,6 +286,7 @@ def test_gradient_dropout_is_unbiased_and_binary() -> None:
             self.parameter = torch.nn.Parameter(torch.zeros(40000))
             self.parameter.grad = torch.full((40000,), 2.0)
             self.trainable = {"one": self.parameter}
+            self.planned = {"one": None}  # of which member it is matters where one is named
 
     torch.manual_seed(0)
     one: Any = One()
