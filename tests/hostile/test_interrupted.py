@@ -142,6 +142,7 @@ PROGRAM = "import sys; from peftref.cli.app import main; main(sys.argv[1:])"
 
 @tried("training", "Ctrl-C while a run trains",
        "exit code 130, no artifact yet; --resume ends with the bits of an unbroken run")
+@pytest.mark.slow
 def test_ctrl_c_loses_no_more_than_the_steps_since_a_checkpoint(tmp_path: Path) -> None:
     bert_folder(tmp_path / "bert")
     write_rows(tmp_path / "rows.jsonl", 60)

@@ -51,7 +51,9 @@ def test_peft_loads_an_export(family: str, expression: str, tmp_path: Path) -> N
     expected = logits(ours.model, batch)
     theirs = load(backbone, ours.to_peft(tmp_path / "exported"))
     assert (expected - before).abs().max() > 1e-3
-    torch.testing.assert_close(logits(theirs, batch), expected, rtol=1e-5, atol=1e-6)
+    # Float32 on random weights: T5, without scaled scores, magnifies the last bits.
+    close = 1e-4 if family == "t5" else 1e-6
+    torch.testing.assert_close(logits(theirs, batch), expected, rtol=1e-5, atol=close)
     # Loaders such as vLLM's read one rank and one scale and no patterns.
     config = json.loads((tmp_path / "exported" / "adapter_config.json").read_text())
     assert not config.keys() & {"rank_pattern", "alpha_pattern"}
