@@ -43,8 +43,8 @@ class SampleGate(Primitive[Arguments]):
 
     def tensors(self) -> tuple[TensorSpec, ...]:
         return (
-            TensorSpec("gate.weight", (1, self.place.d_in), "normal(0.02)"),
-            TensorSpec("gate.bias", (1,), "zeros"),
+            TensorSpec("sample_gate.weight", (1, self.place.d_in), "normal(0.02)"),
+            TensorSpec("sample_gate.bias", (1,), "zeros"),
         )
 
     def algebra(self) -> Algebra:

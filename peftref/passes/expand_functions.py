@@ -113,11 +113,26 @@ class ExpandFunctions:
                 f"this is a {write.site.kind.value}; select linear sites",
                 mark=expression.mark,
             )
+        self._check_starts(primitive.tensors(), write, expression)
         inputs: list[int] = [] if primitive.algebra().source else list(streams)
         for spec in primitive.tensors():
             _check_rank(spec, place, write)
             inputs.append(graph.add(_tensor(spec, write)))
         return graph.add(OperationNode(primitive), tuple(inputs))
+
+    @staticmethod
+    def _check_starts(
+        tensors: tuple[TensorSpec, ...], write: WriteNode, expression: Expression
+    ) -> None:
+        """Parts of a weight are those of a matrix, which a norm or a whole sub-layer has not."""
+        matrices = (SiteKind.LINEAR, SiteKind.MATRIX, SiteKind.EMBEDDING)
+        for spec in tensors:
+            if spec.from_backbone and write.site.kind not in matrices:
+                raise CompositionError(
+                    f"{write.label}: tensor {spec.name!r} starts at {spec.init} of the weight of "
+                    f"a linear site; found a {write.site.kind.value}",
+                    mark=expression.mark,
+                )
 
     @staticmethod
     def _restrict(graph: AdapterGraph, address: int, write: WriteNode, source: int) -> None:

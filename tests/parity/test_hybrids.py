@@ -71,7 +71,7 @@ def test_unipelt_gates_are_means_over_real_tokens() -> None:
     real = batch["attention_mask"].double()[..., None]
 
     def gate(own: dict[str, Tensor], x: Tensor) -> Tensor:
-        opened = torch.sigmoid(x @ own["gate.weight"].T + own["gate.bias"])
+        opened = torch.sigmoid(x @ own["sample_gate.weight"].T + own["sample_gate.bias"])
         return (opened * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
 
     changes = []

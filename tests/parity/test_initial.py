@@ -50,7 +50,7 @@ def uniform(bound: float) -> stats.rv_frozen:
     ("prefix_tuning(length=20, reparameterisation=mlp, hidden=16)", "tokens", stats.norm(0, 1)),
     ("houlsby_adapter(bottleneck=16)", "weight", stats.truncnorm(-2, 2, scale=0.01)),
     ("prompt_tuning(length=20, init='uniform(0.5)')", "tokens", uniform(0.5)),
-    ("unipelt(hidden=16)", "gate.weight", stats.norm(0, 0.02)),
+    ("unipelt(hidden=16)", "sample_gate.weight", stats.norm(0, 0.02)),
     ("adamix(copies=3)", "down.weight", stats.norm(0, 0.02)),
 ])
 def test_distributions(expression: str, ending: str, distribution: stats.rv_frozen) -> None:
@@ -78,7 +78,7 @@ def test_distributions(expression: str, ending: str, distribution: stats.rv_froz
     ("scaled_parallel_adapter", "up.weight", 0.0),
     ("scaled_parallel_adapter", "bias", 0.0),
     ("houlsby_adapter", "bias", 0.0),
-    ("unipelt", "gate.bias", 0.0),
+    ("unipelt", "sample_gate.bias", 0.0),
 ])
 def test_constants(expression: str, ending: str, value: float) -> None:
     values = drawn(expression, ending)
