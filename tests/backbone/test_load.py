@@ -108,7 +108,7 @@ def test_each_refusal_names_what_is_wrong(tmp_path: Path) -> None:
         (pickled, "features", None, "as a pickle .pytorch_model.bin"),
         (empty, "features", None, "has no weights"),
         (bare, "features", None, "Cannot load the weights"),
-        (MINILM, "seq2seq_lm", None, "It fits: classification, regression, multilabel, token_class"),
+        (MINILM, "seq2seq_lm", None, "It fits: classification, regression, multilabel, token_c"),
         (MINILM, "classification", None, "needs num_labels"),
         (MINILM, "features", 3, "no use for num_labels"),
         (MINILM, "ranking", None, "Unknown task 'ranking'. Available: classification"),
