@@ -132,6 +132,8 @@ def _gated_stage(write: WriteNode, stage: Stage, *, together: bool) -> Stage:
     if stage is Stage.TOKENS:
         raise _refuse(write, "a prompt cannot be gated: a gate reads what the site reads, and an "
                       "embedding reads token ids")
+    if stage is Stage.KEYS_VALUES and write.kind is not IntegrationKind.CONCAT:
+        raise _refuse(write, "attention over rows alone has a gate of its own, and takes no other")
     if stage is Stage.WEIGHT_BASE:
         raise _refuse(write, "what stands in for the weight itself cannot be gated")
     if write.read is Port.HIDDEN_STATES:
